@@ -59,9 +59,9 @@ def test_the_stored_results_hold_no_error(notebook):
 
 @each_notebook
 def test_a_notebook_reads_without_a_kernel(notebook):
-    "Stored results under 2 MB in all, and the first cell is a title with its one-line summary."
+    "Under 2 MB with its stored results, and the first cell is a title with its one-line summary."
     cells = json.loads(notebook.read_text())['cells']
-    assert re.match(r'# .+\n\s*\n> .+', ''.join(cells[0]['source'])), 'the first cell: "# Title", an empty line, "> summary"'
+    assert re.match(r'# .+\n+> .+', ''.join(cells[0]['source'])), 'the first cell holds "# Title", then "> summary"'
     assert notebook.stat().st_size < 2e6
 
 
