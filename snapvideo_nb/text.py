@@ -6,7 +6,7 @@
 __all__ = ['words', 'CaptionTokenizer', 'train_tokenizer', 'SmallTextEncoder', 'HFTextEncoder', 'CachedEncoder',
            'build_text_encoder']
 
-# %% ../nbs/03_text.ipynb #eb1dd159
+# %% ../nbs/03_text.ipynb #e11277c5
 import hashlib, json, os, re, unicodedata, uuid, warnings
 from collections.abc import Iterable
 from pathlib import Path
@@ -17,19 +17,31 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor, nn
 
-# %% ../nbs/03_text.ipynb #f4e0964a
+# %% ../nbs/03_text.ipynb #271549eb
 def words(caption: str) -> list[str]:
     "The words of a caption as the known-words list keeps them: lowercase, without punctuation."
     return re.findall(r"[^\W_]+(?:'[^\W_]+)*", unicodedata.normalize('NFKC', caption).lower().replace('’', "'"))
 
-# %% ../nbs/03_text.ipynb #32e9188d
+# %% ../nbs/03_text.ipynb #8075a5e7
+def _listed(captions):
+    if isinstance(captions, str): raise ValueError(f'expected a list of captions, got one string: [{captions!r}]?')
+    if not captions: raise ValueError('expected at least one caption, got an empty list')
+    return captions
+
+def _pad(rows, length):
+    "Rows [n_i, ...] of different lengths as one table [b, length, ...] padded with zeros, and the mask [b, length], True where a row is."
+    mask = torch.arange(length) < torch.tensor([len(row) for row in rows])[:, None]
+    table = rows[0].new_zeros(len(rows), length, *rows[0].shape[1:])
+    table[mask] = torch.cat(rows)
+    return table, mask
+
+# %% ../nbs/03_text.ipynb #0447c0c2
 class CaptionTokenizer:
-    """Byte-pair encoding of captions, and the set of words that it was trained on.
+    """Byte-pair encoding of captions, and the set of words that it was trained on: `tokenizer(captions, length) -> (ids, mask)`.
 
     Id 0 is the begin token, which every caption gets; piece `i` of the vocabulary has id `i + 1`. Any text can be encoded, down to its bytes.
     """
-    def __init__(self, bpe: Tokenizer, words: Iterable[str]):
-        self.bpe, self.words = bpe, frozenset(words)
+    def __init__(self, bpe: Tokenizer, words: Iterable[str]): self.bpe, self.words = bpe, frozenset(words)
 
     @property
     def vocab_size(self) -> int:
@@ -37,17 +49,13 @@ class CaptionTokenizer:
         return self.bpe.get_vocab_size() + 1
 
     def __call__(self, captions: list[str], length: int) -> tuple[Int[Tensor, 'b length'], Bool[Tensor, 'b length']]:
-        "Ids padded with 0 or cut (with a warning that quotes what was cut), and the mask that is True at real tokens."
-        if isinstance(captions, str): raise ValueError(f'expected a list of captions, got one string: [{captions!r}]?')
-        ids, mask = torch.zeros(len(captions), length, dtype=torch.long), torch.zeros(len(captions), length, dtype=torch.bool)
-        for row, caption in enumerate(captions):
+        "Ids padded with 0, or cut to `length` with a warning that quotes what was cut, and the mask that is True at real tokens."
+        rows = []
+        for caption in _listed(captions):
             pieces = self.bpe.encode(caption)
-            kept = min(len(pieces), length - 1)
-            if kept < len(pieces):
-                warnings.warn(f'caption cut to {length} tokens, not read: {caption[pieces.offsets[kept][0]:]!r}', stacklevel=2)
-            ids[row, 1:kept + 1] = torch.tensor(pieces.ids[:kept], dtype=torch.long) + 1
-            mask[row, :kept + 1] = True
-        return ids, mask
+            if len(pieces) >= length: warnings.warn(f'caption cut to {length} tokens, not read: {caption[pieces.offsets[length - 1][0]:]!r}', stacklevel=2)
+            rows.append(torch.tensor([0, *(i + 1 for i in pieces.ids[:length - 1])]))
+        return _pad(rows, length)
 
     def pieces(self, caption: str) -> list[str]:
         "The pieces that a caption is cut into, as readable text, without the begin token."
@@ -64,16 +72,13 @@ class CaptionTokenizer:
     @classmethod
     def from_json(cls, text: str) -> 'CaptionTokenizer':
         "The tokenizer that `to_json` wrote; ValueError when the text is something else."
-        try:
-            saved = json.loads(text)
-            return cls(Tokenizer.from_str(json.dumps(saved['bpe'])), saved['words'])
+        try: return cls(Tokenizer.from_str(json.dumps((saved := json.loads(text))['bpe'])), saved['words'])
         except Exception as error: raise ValueError(f'not a caption tokenizer: {error}') from None
 
-# %% ../nbs/03_text.ipynb #b3d89488
+# %% ../nbs/03_text.ipynb #ca1be94e
 def train_tokenizer(captions: Iterable[str], vocab_size: int = 1024) -> CaptionTokenizer:
     "Learn byte-pair merges, and the known words, from `captions`; at most `vocab_size` ids, of which 257 are the bytes and the begin token."
-    captions = list(captions)
-    if not captions: raise ValueError('cannot train a tokenizer without captions')
+    captions = _listed(list(captions))
     if vocab_size < 257: raise ValueError(f'vocab_size must be at least 257 (256 bytes and the begin token), got {vocab_size}')
     bpe = Tokenizer(models.BPE())
     bpe.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
@@ -82,7 +87,7 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int = 1024) -> CaptionT
         vocab_size=vocab_size - 1, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False))
     return CaptionTokenizer(bpe, {word for caption in captions for word in words(caption)})
 
-# %% ../nbs/03_text.ipynb #b8741144
+# %% ../nbs/03_text.ipynb #25a90043
 class _Block(nn.Module):
     "One pre-norm transformer layer: self-attention over the real tokens, then a feed-forward."
     def __init__(self, width, heads):
@@ -98,34 +103,23 @@ class _Block(nn.Module):
         x = x + self.out(read.transpose(1, 2).flatten(2))
         return x + self.feed(self.norm_feed(x))
 
-# %% ../nbs/03_text.ipynb #5499ecbf
+# %% ../nbs/03_text.ipynb #93db97b2
 class SmallTextEncoder(nn.Module):
     """A small trainable transformer over caption tokens: `encoder(captions) -> (tokens [B, length, width], mask [B, length])`.
 
-    The mask is True at real tokens, of which the begin token is always one; padded positions hold zeros. Made with `tokenizer=None` it has
-    `vocab_size` embeddings and can be counted but not called, until `encoder.tokenizer` is set to one of at most that size.
+    The mask is True at real tokens, of which the begin token is always one; padded places hold zeros. Made with `tokenizer=None` it has `vocab_size`
+    embeddings and can be counted but not called, until `encoder.tokenizer` is set to one of at most that size. Everything but the weights is in
+    `encoder.config` and `encoder.tokenizer_json`.
     """
     def __init__(self, tokenizer: CaptionTokenizer | None, width: int = 128, layers: int = 2, heads: int = 4, length: int = 32, vocab_size: int | None = None):
         super().__init__()
         if width % heads: raise ValueError(f'width {width} must be a multiple of heads {heads}')
         if vocab_size is None and tokenizer is None: raise ValueError('a text encoder without a tokenizer needs vocab_size')
-        self.width, self.length, self.vocab_size = width, length, vocab_size or tokenizer.vocab_size
+        self.tokenizer, self.width, self.length, self.vocab_size = tokenizer, width, length, vocab_size or tokenizer.vocab_size
         self.config = dict(kind='small', width=width, layers=layers, heads=heads, length=length, vocab_size=self.vocab_size)
-        self.tokenizer = tokenizer
         self.embedding, self.position = nn.Embedding(self.vocab_size, width), nn.Parameter(torch.empty(length, width))
         self.blocks, self.norm = nn.ModuleList(_Block(width, heads) for _ in range(layers)), nn.LayerNorm(width)
         for parameter in (self.embedding.weight, self.position): nn.init.normal_(parameter, std=width**-.5)
-
-    @property
-    def tokenizer(self) -> CaptionTokenizer | None:
-        "What turns captions into ids; one that is larger than `vocab_size` is refused."
-        return self._tokenizer
-
-    @tokenizer.setter
-    def tokenizer(self, tokenizer):
-        if tokenizer is not None and tokenizer.vocab_size > self.vocab_size:
-            raise ValueError(f'the tokenizer has {tokenizer.vocab_size} ids, the encoder only {self.vocab_size}')
-        self._tokenizer = tokenizer
 
     def read(self, ids: Int[Tensor, 'b length'], mask: Bool[Tensor, 'b length']) -> Float[Tensor, 'b length width']:
         "Embed and contextualise ids: the part that holds the weights."
@@ -135,6 +129,7 @@ class SmallTextEncoder(nn.Module):
 
     def forward(self, captions: list[str]) -> tuple[Float[Tensor, 'b length width'], Bool[Tensor, 'b length']]:
         if self.tokenizer is None: raise ValueError('this text encoder has no tokenizer yet: set encoder.tokenizer = train_tokenizer(captions, vocab_size)')
+        if self.tokenizer.vocab_size > self.vocab_size: raise ValueError(f'the tokenizer has {self.tokenizer.vocab_size} ids, the encoder only {self.vocab_size}')
         ids, mask = (t.to(self.position.device) for t in self.tokenizer(captions, self.length))
         return self.read(ids, mask), mask
 
@@ -142,27 +137,15 @@ class SmallTextEncoder(nn.Module):
         "Words of the caption that the tokenizer's training captions never had."
         return self.tokenizer.unknown_words(caption) if self.tokenizer else []
 
-    @property
-    def tokenizer_json(self) -> str | None:
-        "The tokenizer and its known words as one JSON text, to be saved beside the weights."
-        return self.tokenizer.to_json() if self.tokenizer else None
-
-    @property
-    def identity(self) -> str:
-        "A digest of everything that the embeddings depend on: configuration, tokenizer and weights."
-        digest = hashlib.sha256(json.dumps([self.config, self.tokenizer_json]).encode())
-        for weight in self.state_dict().values(): digest.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
+    tokenizer_json = property(lambda self: self.tokenizer.to_json() if self.tokenizer else None, doc='The tokenizer and its words as one JSON text, or None.')
 
     @classmethod
     def from_config(cls, config: dict, tokenizer_json: str | None = None) -> 'SmallTextEncoder':
         "A freshly initialised encoder from `encoder.config` and `encoder.tokenizer_json`; the weights come by `load_state_dict`."
-        config = {k: v for k, v in config.items() if k != 'kind'}
-        return cls(CaptionTokenizer.from_json(tokenizer_json) if tokenizer_json else None, **config)
+        return cls(CaptionTokenizer.from_json(tokenizer_json) if tokenizer_json else None, **{k: v for k, v in config.items() if k != 'kind'})
 
-# %% ../nbs/03_text.ipynb #b100b515
+# %% ../nbs/03_text.ipynb #6cd51513
 def _transformers():
-    "The optional transformers package, or one line that says how to get it."
     try: import transformers
     except ImportError: raise ValueError('a Hugging Face text encoder needs the transformers package: pip install transformers') from None
     return transformers
@@ -170,7 +153,7 @@ def _transformers():
 def _one_line(error): return ' '.join(str(error).split())[:120]
 
 def _sampled_digest(path, chunks=64, size=4096):
-    "A digest of a file's size and of `chunks` pieces spread over it: enough to tell two sets of weights apart without reading 20 GB."
+    "A digest of a file's name, its size and `chunks` pieces spread over it."
     total = path.stat().st_size
     digest = hashlib.sha256(f'{path.name} {total}'.encode())
     with open(path, 'rb') as file:
@@ -178,72 +161,65 @@ def _sampled_digest(path, chunks=64, size=4096):
             file.seek(start); digest.update(file.read(size))
     return digest.hexdigest()
 
-# %% ../nbs/03_text.ipynb #7d006a3d
+# %% ../nbs/03_text.ipynb #32d28fd6
+def _hf_config(name):
+    "The text configuration of a saved or published model; one line when there is none."
+    hf, folder = _transformers(), Path(name)
+    if folder.exists() and not (folder/'config.json').exists(): raise FileNotFoundError(f'{name}: no config.json, so not a saved Hugging Face model')
+    try: config = hf.AutoConfig.from_pretrained(name)
+    except Exception as error: raise FileNotFoundError(f'{name}: neither a folder nor a Hub model within reach ({_one_line(error)})') from None
+    config = getattr(config, 'text_config', config)
+    if type(config) not in hf.MODEL_FOR_TEXT_ENCODING_MAPPING: raise ValueError(f'{name}: a {config.model_type} model is not a text encoder')
+    return config
+
+def _hf_load(name, width, dtype):
+    "Tokenizer and frozen model; safetensors only, and every tensor must be there."
+    hf, config = _transformers(), _hf_config(name)
+    if config.hidden_size != width: raise ValueError(f'{name}: {config.hidden_size} wide, but {width} was expected')
+    try: tokenizer = hf.AutoTokenizer.from_pretrained(name)
+    except Exception as error: raise ValueError(f'{name}: its tokenizer could not be loaded ({_one_line(error)})') from None
+    try: model, report = hf.AutoModelForTextEncoding.from_pretrained(name, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True)
+    except Exception as error:
+        raise ValueError(f'{name}: its weights could not be loaded; only safetensors are read, pickled weights are refused ({_one_line(error)})') from None
+    missing = sorted(key for key in report['missing_keys'] if 'pooler' not in key)
+    if missing: raise ValueError(f'{name}: {len(missing)} tensors are missing from the weights, the first is {missing[0]}')
+    return tokenizer, model.eval().requires_grad_(False)
+
+# %% ../nbs/03_text.ipynb #5fc6b11d
 class HFTextEncoder(nn.Module):
     """Any frozen Hugging Face text encoder, by Hub name or folder: T5's encoder as in the paper, BERT, CLIP's text tower, ...
 
     `encoder(captions) -> (tokens [B, length, width], mask [B, length])`: the last hidden states, one per token, not pooled; zeros at padding. The weights
     are read at the first call, from safetensors only, stay in `eval` mode in `dtype`, get no gradient, and are neither parameters nor part of the state
-    dict: a checkpoint keeps the name alone. With `width` given (a preset), nothing at all is read before that.
+    dict: a checkpoint keeps the name alone. With `width` given (a preset), nothing at all is read before that. FileNotFoundError when there is no such
+    model, ValueError when it is not a text encoder, has pickled or missing weights, or another width.
     """
+    tokenizer_json = None
     def __init__(self, name: str, length: int = 128, width: int | None = None, dtype: str = 'float32'):
         super().__init__()
-        self.name, self.length, self.dtype, self._loaded = str(name), length, getattr(torch, dtype), None
+        self.name, self.length, self.dtype, self._loaded = str(name), length, dtype, None
         self.register_buffer('_place', torch.empty(0), persistent=False)
-        self.width = width or self._hf_config().hidden_size
+        self.width = width or _hf_config(self.name).hidden_size
         self.config = dict(kind='hf', name=self.name, length=length, width=self.width, dtype=dtype)
-
-    def _hf_config(self):
-        hf, folder = _transformers(), Path(self.name)
-        if folder.exists() and not (folder/'config.json').exists(): raise FileNotFoundError(f'{self.name}: no config.json, so not a saved Hugging Face model')
-        try: config = hf.AutoConfig.from_pretrained(self.name)
-        except Exception as error: raise FileNotFoundError(f'{self.name}: neither a folder nor a Hub model within reach ({_one_line(error)})') from None
-        config = getattr(config, 'text_config', config)
-        if type(config) not in hf.MODEL_FOR_TEXT_ENCODING_MAPPING: raise ValueError(f'{self.name}: a {config.model_type} model is not a text encoder')
-        return config
-
-    def load(self):
-        "The tokenizer and the model, read once and then kept on this module's device."
-        if self._loaded is None:
-            hf, config = _transformers(), self._hf_config()
-            if config.hidden_size != self.width: raise ValueError(f'{self.name}: {config.hidden_size} wide, but {self.width} was expected')
-            try: tokenizer = hf.AutoTokenizer.from_pretrained(self.name)
-            except Exception as error: raise ValueError(f'{self.name}: its tokenizer could not be loaded ({_one_line(error)})') from None
-            try:
-                model, report = hf.AutoModelForTextEncoding.from_pretrained(
-                    self.name, config=config, dtype=self.dtype, use_safetensors=True, output_loading_info=True)
-            except Exception as error:
-                raise ValueError(f'{self.name}: its weights could not be loaded; only safetensors are read, pickled weights are refused ({_one_line(error)})') from None
-            missing = sorted(key for key in report['missing_keys'] if 'pooler' not in key)
-            if missing: raise ValueError(f'{self.name}: {len(missing)} tensors are missing from the weights, the first is {missing[0]}')
-            self._loaded = tokenizer, model.eval().requires_grad_(False)
-        self._loaded[1].to(self._place.device)
-        return self._loaded
 
     @torch.no_grad()
     def forward(self, captions: list[str]) -> tuple[Float[Tensor, 'b length width'], Bool[Tensor, 'b length']]:
-        if isinstance(captions, str): raise ValueError(f'expected a list of captions, got one string: [{captions!r}]?')
-        tokenizer, model = self.load()
-        ids, mask = torch.zeros(len(captions), self.length, dtype=torch.long), torch.zeros(len(captions), self.length, dtype=torch.bool)
-        room = self.length - tokenizer.num_special_tokens_to_add()
-        for row, caption in enumerate(captions):
+        self._loaded = tokenizer, model = self._loaded or _hf_load(self.name, self.width, self.dtype)
+        rows, room = [], self.length - tokenizer.num_special_tokens_to_add()
+        for caption in _listed(captions):
             pieces = tokenizer(caption, add_special_tokens=False, verbose=False)['input_ids']
-            if len(pieces) > room: warnings.warn(f'caption cut to {self.length} tokens, not read: {tokenizer.decode(pieces[room:])!r}', stacklevel=2)
-            kept = tokenizer(caption, truncation=True, max_length=self.length)['input_ids']
-            ids[row, :len(kept)] = torch.tensor(kept, dtype=torch.long)
-            mask[row, :max(1, len(kept))] = True
-        ids, mask = ids.to(self._place.device), mask.to(self._place.device)
+            if len(pieces) > room: warnings.warn(f'caption cut to {self.length} tokens, not read: {tokenizer.decode(pieces[room:])!r}', stacklevel=3)
+            rows.append(torch.tensor(tokenizer(caption, truncation=True, max_length=self.length)['input_ids'] or [0]))
+        ids, mask = (t.to(self._place.device) for t in _pad(rows, self.length))
         with torch.autocast(ids.device.type, enabled=False):
-            return model(input_ids=ids, attention_mask=mask.long()).last_hidden_state * mask[..., None], mask
+            return model.to(ids.device)(input_ids=ids, attention_mask=mask.long()).last_hidden_state * mask[..., None], mask
 
     @property
     def identity(self) -> str:
         "What the embeddings depend on: the Hub commit, or a digest of the folder's files, with length and dtype. Needs no weights in memory."
         folder, kinds = Path(self.name), ('.json', '.safetensors', '.model', '.txt')
-        source = [_sampled_digest(p) for p in sorted(folder.iterdir()) if p.suffix in kinds] if folder.is_dir() else [self.name, str(self._hf_config()._commit_hash)]
-        return hashlib.sha256(json.dumps([source, self.length, str(self.dtype)]).encode()).hexdigest()
-
-    tokenizer_json = None
+        source = [_sampled_digest(p) for p in sorted(folder.iterdir()) if p.suffix in kinds] if folder.is_dir() else [self.name, str(_hf_config(self.name)._commit_hash)]
+        return hashlib.sha256(json.dumps([source, self.length, self.dtype]).encode()).hexdigest()
 
     def unknown_words(self, caption: str) -> list[str]:
         "Always empty: what a pretrained encoder has seen is not known."
@@ -251,19 +227,19 @@ class HFTextEncoder(nn.Module):
 
     def __deepcopy__(self, memo): return self  # frozen: a copy of the model (its moving average) shares it
 
-# %% ../nbs/03_text.ipynb #efae7528
+# %% ../nbs/03_text.ipynb #d6c0885a
 class CachedEncoder(nn.Module):
     """A frozen encoder whose token embeddings are kept on disk, one safetensors file a caption: `folder/<first two digits>/<key>.safetensors`.
 
     The key is the sha256 of the encoder's identity and the caption, so that other weights or another length never read these files. Only real tokens are
-    stored, and captions are encoded one at a time, so that a file never depends on what stood beside its caption. A file appears whole or not at all; one that cannot be read is named in a warning and made again. Called like the encoder, same result.
+    stored, and captions are encoded one at a time, so that a file never depends on what stood beside its caption. A file appears whole or not at all; one
+    that cannot be read is named in a warning and made again. Called like the encoder, with the same result. ValueError for an encoder that is still trained.
     """
     def __init__(self, encoder: nn.Module, folder: str | Path):
         super().__init__()
-        if any(p.requires_grad for p in encoder.parameters()): raise ValueError('only a frozen encoder can be cached: call encoder.requires_grad_(False) first')
-        self.encoder, self.folder = encoder.eval(), Path(folder)
+        if any(p.requires_grad for p in encoder.parameters()) or not hasattr(encoder, 'identity'): raise ValueError('only a frozen encoder can be cached')
+        self.encoder, self.folder, self.identity, self.unknown_words = encoder, Path(folder), encoder.identity, encoder.unknown_words
         self.width, self.length, self.config, self.tokenizer_json = encoder.width, encoder.length, encoder.config, encoder.tokenizer_json
-        self.identity, self.unknown_words = encoder.identity, encoder.unknown_words
         self.register_buffer('_place', torch.empty(0), persistent=False)
 
     def path(self, caption: str) -> Path:
@@ -271,38 +247,31 @@ class CachedEncoder(nn.Module):
         key = hashlib.sha256(f'{self.identity}\n{caption}'.encode()).hexdigest()
         return self.folder/key[:2]/f'{key}.safetensors'
 
-    def _load(self, caption):
-        path = self.path(caption)
-        if not path.exists(): return None
+    def _load(self, path):
         try:
             with safe_open(path, 'pt') as file: tokens = file.get_tensor('tokens')
-            if tokens.ndim == 2 and 1 <= len(tokens) <= self.length and tokens.shape[1] == self.width: return tokens
-            raise ValueError(f'shape {list(tokens.shape)}')
-        except Exception as error: warnings.warn(f'{path}: not a cached caption, made again ({_one_line(error)})', stacklevel=3)
+            if tokens.shape[1:] == (self.width,) and 1 <= len(tokens) <= self.length: return tokens
+            raise ValueError(f'its shape is {list(tokens.shape)}')
+        except Exception as error: warnings.warn(f'{path}: not the embeddings of a caption, made again ({_one_line(error)})', stacklevel=4)
 
-    def _save(self, caption, tokens):
+    def _row(self, caption):
         path = self.path(caption)
+        if path.exists() and (tokens := self._load(path)) is not None: return tokens
+        tokens, mask = (t[0].cpu() for t in self.encoder([caption]))
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(f'.{uuid.uuid4().hex}.tmp')
         try:
-            save_file({'tokens': tokens.contiguous()}, temporary, metadata={'caption': caption, 'encoder': self.identity})
+            save_file({'tokens': tokens[mask]}, temporary, metadata={'caption': caption, 'encoder': self.identity})
             os.replace(temporary, path)
         finally: temporary.unlink(missing_ok=True)
+        return tokens[mask]
 
     @torch.no_grad()
     def forward(self, captions: list[str]) -> tuple[Float[Tensor, 'b length width'], Bool[Tensor, 'b length']]:
-        found = {caption: self._load(caption) for caption in dict.fromkeys(captions)}
-        for caption in [caption for caption, tokens in found.items() if tokens is None]:
-            tokens, mask = (t[0].cpu() for t in self.encoder([caption]))
-            found[caption] = tokens[mask]
-            self._save(caption, found[caption])
-        dtype = next(iter(found.values()), torch.empty(0)).dtype
-        tokens, mask = torch.zeros(len(captions), self.length, self.width, dtype=dtype), torch.zeros(len(captions), self.length, dtype=torch.bool)
-        for row, caption in enumerate(captions):
-            tokens[row, :len(found[caption])], mask[row, :len(found[caption])] = found[caption], True
+        tokens, mask = _pad([self._row(caption) for caption in _listed(captions)], self.length)
         return tokens.to(self._place.device), mask.to(self._place.device)
 
-# %% ../nbs/03_text.ipynb #0924084c
+# %% ../nbs/03_text.ipynb #c68d890e
 def build_text_encoder(config: dict, tokenizer_json: str | None = None, cache: str | Path | None = None) -> nn.Module:
     "The encoder that `encoder.config` (and `encoder.tokenizer_json`) describe; with `cache`, a frozen one whose embeddings are kept in that folder."
     kinds = {'small': lambda **rest: SmallTextEncoder.from_config(rest, tokenizer_json), 'hf': HFTextEncoder}
