@@ -6,7 +6,7 @@
 __all__ = ['words', 'CaptionTokenizer', 'train_tokenizer', 'SmallTextEncoder', 'HFTextEncoder', 'CachedEncoder',
            'build_text_encoder']
 
-# %% ../nbs/03_text.ipynb #e11277c5
+# %% ../nbs/03_text.ipynb #35b21ec0
 import hashlib, json, os, re, unicodedata, uuid, warnings
 from collections.abc import Iterable
 from pathlib import Path
@@ -17,12 +17,12 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor, nn
 
-# %% ../nbs/03_text.ipynb #271549eb
+# %% ../nbs/03_text.ipynb #d8e29123
 def words(caption: str) -> list[str]:
     "The words of a caption as the known-words list keeps them: lowercase, without punctuation."
     return re.findall(r"[^\W_]+(?:'[^\W_]+)*", unicodedata.normalize('NFKC', caption).lower().replace('’', "'"))
 
-# %% ../nbs/03_text.ipynb #8075a5e7
+# %% ../nbs/03_text.ipynb #8ded50f1
 def _listed(captions):
     if isinstance(captions, str): raise ValueError(f'expected a list of captions, got one string: [{captions!r}]?')
     if not captions: raise ValueError('expected at least one caption, got an empty list')
@@ -35,7 +35,7 @@ def _pad(rows, length):
     table[mask] = torch.cat(rows)
     return table, mask
 
-# %% ../nbs/03_text.ipynb #0447c0c2
+# %% ../nbs/03_text.ipynb #e676c982
 class CaptionTokenizer:
     """Byte-pair encoding of captions, and the set of words that it was trained on: `tokenizer(captions, length) -> (ids, mask)`.
 
@@ -75,7 +75,7 @@ class CaptionTokenizer:
         try: return cls(Tokenizer.from_str(json.dumps((saved := json.loads(text))['bpe'])), saved['words'])
         except Exception as error: raise ValueError(f'not a caption tokenizer: {error}') from None
 
-# %% ../nbs/03_text.ipynb #ca1be94e
+# %% ../nbs/03_text.ipynb #f9e09f20
 def train_tokenizer(captions: Iterable[str], vocab_size: int = 1024) -> CaptionTokenizer:
     "Learn byte-pair merges, and the known words, from `captions`; at most `vocab_size` ids, of which 257 are the bytes and the begin token."
     captions = _listed(list(captions))
@@ -87,7 +87,7 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int = 1024) -> CaptionT
         vocab_size=vocab_size - 1, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False))
     return CaptionTokenizer(bpe, {word for caption in captions for word in words(caption)})
 
-# %% ../nbs/03_text.ipynb #25a90043
+# %% ../nbs/03_text.ipynb #09c5a473
 class _Block(nn.Module):
     "One pre-norm transformer layer: self-attention over the real tokens, then a feed-forward."
     def __init__(self, width, heads):
@@ -103,7 +103,7 @@ class _Block(nn.Module):
         x = x + self.out(read.transpose(1, 2).flatten(2))
         return x + self.feed(self.norm_feed(x))
 
-# %% ../nbs/03_text.ipynb #93db97b2
+# %% ../nbs/03_text.ipynb #7eab760e
 class SmallTextEncoder(nn.Module):
     """A small trainable transformer over caption tokens: `encoder(captions) -> (tokens [B, length, width], mask [B, length])`.
 
@@ -137,6 +137,13 @@ class SmallTextEncoder(nn.Module):
         "Words of the caption that the tokenizer's training captions never had."
         return self.tokenizer.unknown_words(caption) if self.tokenizer else []
 
+    @property
+    def identity(self) -> str:
+        "A digest of all that the embeddings depend on: configuration, tokenizer, weights."
+        digest = hashlib.sha256(json.dumps([self.config, self.tokenizer_json]).encode())
+        for weight in self.state_dict().values(): digest.update(weight.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
     tokenizer_json = property(lambda self: self.tokenizer.to_json() if self.tokenizer else None, doc='The tokenizer and its words as one JSON text, or None.')
 
     @classmethod
@@ -144,7 +151,7 @@ class SmallTextEncoder(nn.Module):
         "A freshly initialised encoder from `encoder.config` and `encoder.tokenizer_json`; the weights come by `load_state_dict`."
         return cls(CaptionTokenizer.from_json(tokenizer_json) if tokenizer_json else None, **{k: v for k, v in config.items() if k != 'kind'})
 
-# %% ../nbs/03_text.ipynb #6cd51513
+# %% ../nbs/03_text.ipynb #efddff15
 def _transformers():
     try: import transformers
     except ImportError: raise ValueError('a Hugging Face text encoder needs the transformers package: pip install transformers') from None
@@ -161,7 +168,7 @@ def _sampled_digest(path, chunks=64, size=4096):
             file.seek(start); digest.update(file.read(size))
     return digest.hexdigest()
 
-# %% ../nbs/03_text.ipynb #32d28fd6
+# %% ../nbs/03_text.ipynb #48d1a7b3
 def _hf_config(name):
     "The text configuration of a saved or published model; one line when there is none."
     hf, folder = _transformers(), Path(name)
@@ -185,7 +192,7 @@ def _hf_load(name, width, dtype):
     if missing: raise ValueError(f'{name}: {len(missing)} tensors are missing from the weights, the first is {missing[0]}')
     return tokenizer, model.eval().requires_grad_(False)
 
-# %% ../nbs/03_text.ipynb #5fc6b11d
+# %% ../nbs/03_text.ipynb #8fe9e733
 class HFTextEncoder(nn.Module):
     """Any frozen Hugging Face text encoder, by Hub name or folder: T5's encoder as in the paper, BERT, CLIP's text tower, ...
 
@@ -227,7 +234,7 @@ class HFTextEncoder(nn.Module):
 
     def __deepcopy__(self, memo): return self  # frozen: a copy of the model (its moving average) shares it
 
-# %% ../nbs/03_text.ipynb #d6c0885a
+# %% ../nbs/03_text.ipynb #c3d63869
 class CachedEncoder(nn.Module):
     """A frozen encoder whose token embeddings are kept on disk, one safetensors file a caption: `folder/<first two digits>/<key>.safetensors`.
 
@@ -271,7 +278,7 @@ class CachedEncoder(nn.Module):
         tokens, mask = _pad([self._row(caption) for caption in _listed(captions)], self.length)
         return tokens.to(self._place.device), mask.to(self._place.device)
 
-# %% ../nbs/03_text.ipynb #c68d890e
+# %% ../nbs/03_text.ipynb #f35e78f0
 def build_text_encoder(config: dict, tokenizer_json: str | None = None, cache: str | Path | None = None) -> nn.Module:
     "The encoder that `encoder.config` (and `encoder.tokenizer_json`) describe; with `cache`, a frozen one whose embeddings are kept in that folder."
     kinds = {'small': lambda **rest: SmallTextEncoder.from_config(rest, tokenizer_json), 'hf': HFTextEncoder}
