@@ -1,0 +1,273 @@
+"Sampling: bits that do not depend on company, orders of the solvers, closed forms, what callbacks see, clear errors."
+import numpy as np, pytest, torch
+
+from snapvideo_nb.diffusion import GaussianMixture
+from snapvideo_nb.model import SnapVideo
+from snapvideo_nb.sampling import SOLVERS, Denoise, GuidedBatch, euler_step, heun_step, noise_levels, sample, seeded_noise, solve
+from snapvideo_nb.text import train_tokenizer
+
+CAPTIONS = [f'a {subject} moves {direction} on a {ground} background'
+            for subject in ('red apple', 'snail') for direction in ('left', 'right') for ground in ('blue', 'green')]
+SEEDS = list(range(10, 18))
+MIXTURE = GaussianMixture(torch.tensor([[-.8], [.2], [.7]]), torch.tensor([.2, .15, .2]), torch.tensor([.3, .4, .3]))
+
+
+@pytest.fixture(scope='module')
+def model():
+    "The tiny preset with a self-conditioning gate that is open: at initialisation it is zero, and latents would change nothing."
+    torch.manual_seed(0)
+    model = SnapVideo.from_preset('tiny', tokenizer_json=train_tokenizer(CAPTIONS, 300).to_json())
+    with torch.no_grad(): model.network.gate.weight.normal_(0, .5)
+    return model
+
+
+@pytest.fixture(scope='module', params=[0., 2.], ids=['unguided', 'guided'])
+def eight(request, model): return request.param, sample(model, CAPTIONS, SEEDS, steps=4, guidance=request.param)
+
+
+@pytest.mark.parametrize('rows', [[0], [6], [2, 5, 1], [7, 6, 5, 4, 3, 2, 1, 0], [3, 3, 0]], ids=str)
+def test_a_clip_has_the_same_bits_in_any_company(model, eight, rows):
+    guidance, together = eight
+    some = sample(model, [CAPTIONS[i] for i in rows], [SEEDS[i] for i in rows], steps=4, guidance=guidance)
+    assert torch.equal(some, together[rows])
+
+
+def test_seeds_and_captions_matter(model, eight):
+    guidance, together = eight
+    assert not torch.equal(sample(model, CAPTIONS[:1], [99], steps=4, guidance=guidance)[0], together[0])
+    assert not torch.equal(sample(model, CAPTIONS[1:2], SEEDS[:1], steps=4, guidance=guidance)[0], together[0])
+
+
+@pytest.mark.parametrize('micro_batch', [2, 3, 8])
+def test_micro_batches_change_no_more_than_rounding(model, eight, micro_batch):
+    guidance, together = eight
+    torch.testing.assert_close(sample(model, CAPTIONS, SEEDS, steps=4, guidance=guidance, micro_batch=micro_batch), together, atol=1e-4, rtol=0)
+
+
+def test_sampling_leaves_the_global_generator_alone(model):
+    torch.manual_seed(5)
+    before = torch.random.get_rng_state()
+    sample(model, CAPTIONS[:1], steps=1)
+    assert torch.equal(before, torch.random.get_rng_state())
+
+
+def test_frame_rate_and_size_may_differ_per_clip(model):
+    both = sample(model, CAPTIONS[:2], steps=2, fps=[8., 24.], size=[(9, 16), (720, 1280)])
+    assert torch.equal(both[1:], sample(model, CAPTIONS[1:2], [1], steps=2, fps=24., size=(720, 1280)))
+    assert not torch.equal(both[1:], sample(model, CAPTIONS[1:2], [1], steps=2))
+    torch.testing.assert_close(sample(model, CAPTIONS[:2], steps=2, fps=[8., 24.], size=[(9, 16), (720, 1280)], micro_batch=4), both, atol=1e-4, rtol=0)
+
+
+def test_result_is_a_video(model):
+    clip = sample(model, CAPTIONS[:1], steps=2)
+    assert clip.shape == (1, *model.shape) and clip.dtype == torch.float32 and clip.abs().max() <= 1 and not model.training
+
+
+# Guidance
+
+class Counting:
+    "A model that counts its evaluations and keeps the batch sizes."
+    def __init__(self, model): self.inner, self.batches = model, []
+    def __getattr__(self, name): return getattr(self.inner, name)
+    def __call__(self, x, *args):
+        self.batches.append(len(x))
+        return self.inner(x, *args)
+
+
+def test_no_guidance_costs_one_evaluation_and_any_other_two(model):
+    x = seeded_noise([0, 1, 2], model.shape)
+    for guidance, expected in ((0., [2, 2]), (1.5, [4, 4]), (-1., [4, 4])):
+        counting = Counting(model.eval())
+        GuidedBatch(counting, CAPTIONS[:3], guidance, micro_batch=2)(x, 1.)
+        assert counting.batches == expected
+
+
+def test_guidance_of_zero_is_the_model_itself(model):
+    x = seeded_noise([0, 1, 2], model.shape)
+    with torch.no_grad(): expected = model.eval()(x.float(), 1., model.conditions(CAPTIONS[:3]))[0]
+    torch.testing.assert_close(GuidedBatch(model, CAPTIONS[:3], 0.)(x, 1.)[0], expected, atol=1e-5, rtol=0)
+
+
+def test_guidance_is_its_formula_and_each_branch_keeps_its_latents(model):
+    "Two evaluations in a row against two separate chains of the bare model."
+    x, w, conditions = seeded_noise([0, 1, 2], model.shape), 3., model.eval().conditions(CAPTIONS[:3])
+    batch, latents, chains = GuidedBatch(model, CAPTIONS[:3], w), None, [None, None]
+    for sigma in (5., 2.):
+        guided, latents = batch(x, sigma, latents)
+        with torch.no_grad(): pairs = [model(x.float(), sigma, c, l) for c, l in zip((conditions, conditions.without_text()), chains)]
+        (with_text, _), (without, _) = pairs
+        chains = [l for _, l in pairs]
+        torch.testing.assert_close(guided, with_text + w*(with_text - without), atol=1e-4, rtol=0)
+        torch.testing.assert_close(latents, torch.stack(chains), atol=1e-4, rtol=1e-4)
+
+
+def test_guidance_of_minus_one_is_the_model_without_text(model):
+    x = seeded_noise([0], model.shape)
+    with torch.no_grad(): expected = model.eval()(x.float(), 1., model.conditions(CAPTIONS[:1]).without_text())[0]
+    torch.testing.assert_close(GuidedBatch(model, CAPTIONS[:1], -1.)(x, 1.)[0], expected, atol=1e-5, rtol=0)
+
+
+# Solvers
+
+def exact(x, sigma, sigma_next, sigma_in):
+    "Where the probability-flow ODE carries x: in one dimension every sample keeps its quantile. By bisection, float64."
+    def cdf(x, sigma):
+        spread = ((MIXTURE.stds/sigma_in)**2 + sigma**2).sqrt()
+        return (MIXTURE.weights*torch.special.ndtr((x - MIXTURE.means[:, 0]/sigma_in)/spread)).sum(1, keepdim=True)
+    low, high, quantile = torch.full_like(x, -5*sigma_next - 1), torch.full_like(x, 5*sigma_next + 1), cdf(x, sigma)
+    for _ in range(70):
+        middle = (low + high)/2
+        below = cdf(middle, sigma_next) < quantile
+        low, high = torch.where(below, middle, low), torch.where(below, high, middle)
+    return middle
+
+
+def mixture_denoise(sigma_in): return Denoise(lambda x, sigma, latents: (MIXTURE.denoise(x, sigma, sigma_in), None), sigma_in)
+
+
+@pytest.mark.parametrize('sigma_in', [1., 4.])
+@pytest.mark.parametrize('name, order', [('euler', 1), ('heun', 2)])
+def test_solvers_converge_at_their_order(name, order, sigma_in):
+    x = 20*torch.linspace(-1.8, 1.8, 13, dtype=torch.float64)[:, None]
+    truth, errors = exact(x, 20., .02, sigma_in), []
+    for steps in (256, 512):
+        levels = noise_levels(steps, .02, 20.)[:-1]
+        x0 = solve(mixture_denoise(sigma_in), x*levels[0]/20, levels, SOLVERS[name])
+        errors.append((x0 - truth).square().mean().sqrt())
+    assert abs(torch.log2(errors[0]/errors[1]).item() - order) < .15
+    assert errors[1] < (1e-2, 1e-4)[order - 1]/sigma_in
+
+
+@pytest.mark.parametrize('solver', SOLVERS.values())
+def test_a_single_point_is_reached_exactly(solver):
+    "All data in one point c: D = c everywhere, trajectories are straight lines, and one step is enough."
+    c = torch.tensor([[.3, -.7]], dtype=torch.float64)
+    denoise = Denoise(lambda x, sigma, latents: (c.expand_as(x), None), sigma_in=4.)
+    for steps in (1, 5):
+        x = solve(denoise, 80*seeded_noise(range(3), (2,)), noise_levels(steps), solver)
+        torch.testing.assert_close(4*x, c.expand(3, 2), atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize('solver, evaluations', [(euler_step, 7), (heun_step, 13)])
+def test_number_of_evaluations(solver, evaluations):
+    seen = []
+    denoise = Denoise(lambda x, sigma, latents: (seen.append(sigma), (x*0, None))[1], 1.)
+    solve(denoise, torch.ones(1, 1), noise_levels(7), solver)
+    assert len(seen) == evaluations and 0 not in seen
+
+
+def test_state_is_float64_whatever_the_network(model):
+    dtypes = set()
+    denoise = Denoise(lambda x, sigma, latents: (dtypes.add(x.dtype), (x.bfloat16(), None))[1], 1.)
+    assert solve(denoise, torch.ones(1, 1), noise_levels(3)).dtype == torch.float64 and dtypes == {torch.float64}
+
+
+def test_equals_edm_at_the_effective_noise():
+    "x/sigma_in + sigma*noise is EDM's process at sigma_in*sigma, seen through a glass that shrinks by sigma_in."
+    x, levels = 80*seeded_noise(range(9), (1,)), noise_levels(40)
+    scaled = 4*solve(mixture_denoise(4.), x, levels)
+    edm = solve(mixture_denoise(1.), 4*x, 4*levels)
+    torch.testing.assert_close(scaled, edm, atol=1e-12, rtol=0)
+
+
+def edm_reference(D, x, levels, second_order):
+    "EDM's deterministic sampler once more, from its formulas, in numpy."
+    for t, t_next in zip(levels, levels[1:]):
+        d = (x - D(x, t))/t
+        ahead = x + (t_next - t)*d
+        if second_order and t_next > 0: ahead = x + (t_next - t)*(d + (ahead - D(ahead, t_next))/t_next)/2
+        x = ahead
+    return x
+
+
+@pytest.mark.parametrize('name', SOLVERS)
+def test_equals_an_independent_edm_sampler_at_input_scale_one(name):
+    x, i = 80*seeded_noise(range(9), (1,)), np.arange(18)
+    levels = np.append((80**(1/7) + i/17*(.002**(1/7) - 80**(1/7)))**7, 0)
+    reference = edm_reference(lambda x, t: MIXTURE.denoise(torch.from_numpy(x), t).numpy(), x.numpy(), levels, name == 'heun')
+    ours = solve(mixture_denoise(1.), x, noise_levels(18), SOLVERS[name])
+    np.testing.assert_allclose(ours.numpy(), reference, atol=1e-11, rtol=0)
+
+
+def test_equals_the_edm_scheduler_of_diffusers():
+    "Euler at sigma_in = 1; that scheduler computes in float32."
+    diffusers = pytest.importorskip('diffusers', reason='diffusers is not installed: the comparison with its EDMEulerScheduler is optional')
+    scheduler = diffusers.EDMEulerScheduler(sigma_min=.002, sigma_max=80., sigma_data=.5, rho=7.)
+    scheduler.set_timesteps(32)
+    start = seeded_noise(range(64), (1,))
+    x = start.float()*scheduler.sigmas[0]
+    for t, sigma in zip(scheduler.timesteps, scheduler.sigmas):
+        scheduler.scale_model_input(x, t)
+        c_skip, c_out = .25/(sigma**2 + .25), sigma*.5/(sigma**2 + .25).sqrt()
+        F = (MIXTURE.denoise(x.double(), sigma.double()) - c_skip*x)/c_out
+        x = scheduler.step(F.float(), t, x).prev_sample
+    ours = solve(mixture_denoise(1.), 80*start, noise_levels(32), euler_step)
+    difference = (ours - x).abs().max().item()
+    print(f'largest difference from EDMEulerScheduler: {difference:.1e}')
+    assert difference < 1e-5
+
+
+# Callback
+
+def test_callback_sees_every_step(model):
+    seen = []
+    clip = sample(model, CAPTIONS[:2], steps=3, guidance=1., callback=lambda *args: seen.append(args))
+    steps, sigmas, xs, estimates, latents = zip(*seen)
+    assert steps == (0, 1, 2) and list(sigmas) == noise_levels(3).tolist()[:-1]
+    assert torch.equal(xs[0], 80*seeded_noise([0, 1], model.shape))
+    for x, denoised, kept in zip(xs, estimates, latents):
+        assert x.shape == denoised.shape == clip.shape and x.dtype == torch.float64 and kept.shape[:2] == (2, 2)
+    torch.testing.assert_close(clip, estimates[-1].clamp(-1, 1), atol=1e-5, rtol=0)
+
+
+def test_callback_estimate_belongs_to_its_x():
+    seen = []
+    solve(mixture_denoise(4.), 80*seeded_noise([0], (1,)), noise_levels(6), heun_step, lambda *args: seen.append(args))
+    for _, sigma, x, denoised, latents in seen:
+        torch.testing.assert_close(denoised, MIXTURE.denoise(x, sigma, 4.), atol=1e-14, rtol=0)
+        assert latents is None
+
+
+def test_latents_pass_from_each_evaluation_to_the_next():
+    given = []
+    def denoiser(x, sigma, latents):
+        given.append(latents)
+        return x*0, len(given)
+    solve(Denoise(denoiser, 1.), torch.ones(1, 1), noise_levels(3), heun_step)
+    assert given == [None, 1, 2, 3, 4]
+
+
+# What a user can get wrong
+
+@pytest.mark.parametrize('wrong, words', [
+    (dict(steps=0), 'at least 1 step, not 0'), (dict(steps=-3), 'not -3'), (dict(prompts=[]), 'at least one caption'),
+    (dict(prompts='a snail'), "got 'a snail'"), (dict(seeds=[1, 2]), '1 captions and 2 seeds'), (dict(solver='rk4'), "unknown solver 'rk4'; there are: heun, euler"),
+    (dict(sigma_min=2., sigma_max=1.), 'sigma_min <= sigma_max'), (dict(sigma_min=0.), '0 < sigma_min'), (dict(rho=0.), 'rho > 0'), (dict(micro_batch=0), 'at least 1 clip')], ids=str)
+def test_a_mistake_is_named(model, wrong, words):
+    with pytest.raises(ValueError) as error: sample(model, **dict(prompts=CAPTIONS[:1]) | wrong)
+    assert words in str(error.value) and '\n' not in str(error.value)
+
+
+def test_divergence_is_named():
+    def denoiser(x, sigma, latents): return x*torch.tensor([[1.], [float('nan') if sigma < 1 else 1.], [1.]]), None
+    levels = noise_levels(8)
+    bad = next(i for i, sigma in enumerate(levels) if sigma < 1)
+    with pytest.raises(FloatingPointError, match=rf'diverged at step {bad} \(sigma = {levels[bad]:.4g}\) in samples \[1\]'):
+        solve(Denoise(denoiser, 1.), torch.ones(3, 1), levels, euler_step)
+
+
+def test_noise_levels():
+    levels = noise_levels(18)
+    assert len(levels) == 19 and levels.dtype == torch.float64 and levels[-1] == 0 and (levels.diff() < 0).all()
+    torch.testing.assert_close(levels[[0, -2]], torch.tensor([80., .002], dtype=torch.float64), rtol=1e-12, atol=0)
+    steps = (levels[:-1]**(1/7)).diff()
+    torch.testing.assert_close(steps, steps[:1].expand(17), rtol=1e-10, atol=0)
+    assert noise_levels(1).tolist() == pytest.approx([80., 0.])
+
+
+def test_seeded_noise():
+    noise = seeded_noise([3, 7, 3], (2, 5))
+    assert noise.dtype == torch.float64 and torch.equal(noise[0], noise[2]) and not torch.equal(noise[0], noise[1])
+    assert torch.equal(noise[1:2], seeded_noise(np.array([7]), (2, 5)))
+    many = seeded_noise(range(2000), (50,))
+    assert abs(many.mean()) < .01 and abs(many.std() - 1) < .01 and abs((many[:, 0]*many[:, 1]).mean()) < .1
