@@ -6,7 +6,7 @@
 __all__ = ['SOLVERS', 'noise_levels', 'State', 'Denoise', 'euler_step', 'heun_step', 'solve', 'GuidedBatch', 'seeded_noise',
            'sample']
 
-# %% ../nbs/08_sampling.ipynb #81511a63
+# %% ../nbs/08_sampling.ipynb #9b96be95
 from collections.abc import Callable
 from operator import index
 from typing import NamedTuple
@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from .blocks import Conditions
 
-# %% ../nbs/08_sampling.ipynb #9fad4d06
+# %% ../nbs/08_sampling.ipynb #93088148
 def noise_levels(steps: int, sigma_min: float = .002, sigma_max: float = 80., rho: float = 7.) -> Float[Tensor, 'n']:
     """EDM's grid: `steps` levels from sigma_max to sigma_min, evenly spaced in sigma^(1/rho), and a final 0: [steps + 1], float64.
 
@@ -28,7 +28,7 @@ def noise_levels(steps: int, sigma_min: float = .002, sigma_max: float = 80., rh
     levels = (top + torch.linspace(0, 1, steps, dtype=torch.float64)*(bottom - top))**rho
     return torch.cat([levels, levels.new_zeros(1)])
 
-# %% ../nbs/08_sampling.ipynb #0bc5e1a7
+# %% ../nbs/08_sampling.ipynb #02e3e05d
 class State(NamedTuple):
     """Where a sampler stands: `x` [b, ...] float64 on the scaled process, the `latents` of the last evaluation (None: no evaluation yet, or a
     network without them), and `denoised`, the estimate D(x; sigma) of the clip in [-1, 1] with which the last step began."""
@@ -36,7 +36,7 @@ class State(NamedTuple):
     latents: Tensor | None = None
     denoised: Tensor | None = None
 
-# %% ../nbs/08_sampling.ipynb #04a61eab
+# %% ../nbs/08_sampling.ipynb #09341073
 class Denoise:
     """What a solver calls: `denoise(state, x, sigma) -> (slope, State)`, the slope dx/dsigma = (x - D/sigma_in)/sigma of the probability-flow ODE
     and the state with the evaluation's latents and estimate (its x is still the step's start).
@@ -48,13 +48,13 @@ class Denoise:
         denoised, latents = self.denoiser(x, sigma, state.latents)
         return (x - denoised.double()/self.sigma_in)/sigma, State(state.x, latents, denoised)
 
-# %% ../nbs/08_sampling.ipynb #161d4e43
+# %% ../nbs/08_sampling.ipynb #874ef948
 def euler_step(denoise: Denoise, state: State, sigma: float, sigma_next: float) -> State:
     "One first-order step: along the slope at `sigma`. One evaluation."
     slope, here = denoise(state, state.x, sigma)
     return here._replace(x=state.x + (sigma_next - sigma)*slope)
 
-# %% ../nbs/08_sampling.ipynb #6a2331e4
+# %% ../nbs/08_sampling.ipynb #784d7713
 def heun_step(denoise: Denoise, state: State, sigma: float, sigma_next: float) -> State:
     "One second-order step (the paper's): along the mean of the slopes at both ends. Two evaluations; one, an Euler step, when it ends at 0."
     slope, here = denoise(state, state.x, sigma)
@@ -63,10 +63,10 @@ def heun_step(denoise: Denoise, state: State, sigma: float, sigma_next: float) -
     slope_next, there = denoise(here, euler, sigma_next)
     return there._replace(x=state.x + (sigma_next - sigma)*(slope + slope_next)/2, denoised=here.denoised)
 
-# %% ../nbs/08_sampling.ipynb #80b4c249
+# %% ../nbs/08_sampling.ipynb #928cc2dc
 SOLVERS = {'heun': heun_step, 'euler': euler_step}
 
-# %% ../nbs/08_sampling.ipynb #d5f6dfb1
+# %% ../nbs/08_sampling.ipynb #320189a9
 def solve(denoise: Denoise, x: Float[Tensor, 'b ...'], levels: Float[Tensor, 'n'], solver: Callable = heun_step,
           callback: Callable | None = None) -> Float[Tensor, 'b ...']:
     """Follow the probability-flow ODE from `x` at levels[0] to levels[-1]; the result is float64 on the scaled process (times sigma_in: a clip).
@@ -82,7 +82,7 @@ def solve(denoise: Denoise, x: Float[Tensor, 'b ...'], levels: Float[Tensor, 'n'
         state = after
     return state.x
 
-# %% ../nbs/08_sampling.ipynb #abccca97
+# %% ../nbs/08_sampling.ipynb #c32c28a1
 class GuidedBatch:
     """The model as a denoiser (x, sigma, latents) -> (D, latents) for a list of captions, in micro-batches of one fixed size, with guidance.
 
@@ -115,12 +115,12 @@ class GuidedBatch:
         denoised, latents = zip(*done)
         return torch.cat(denoised)[:len(x)], None if latents[0] is None else torch.cat(latents, 1)[:, :len(x)]
 
-# %% ../nbs/08_sampling.ipynb #9302c61e
+# %% ../nbs/08_sampling.ipynb #be41e03c
 def seeded_noise(seeds: list[int], shape) -> Float[Tensor, 'b ...']:
     "Standard normal noise [b, *shape], float64, each sample from its own seed alone, drawn on the CPU so that every device gets the same."
     return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(index(seed)), dtype=torch.float64) for seed in seeds])
 
-# %% ../nbs/08_sampling.ipynb #8b0c854d
+# %% ../nbs/08_sampling.ipynb #90d7e7c8
 @torch.no_grad()
 def sample(model, prompts: list[str], seeds: list[int] | None = None, steps: int = 64, guidance: float = 0., solver: str | Callable = 'heun', fps=None, size=None,
            sigma_min: float = .002, sigma_max: float = 80., rho: float = 7., micro_batch: int = 1, callback: Callable | None = None,
