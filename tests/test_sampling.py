@@ -60,6 +60,7 @@ def test_frame_rate_and_size_may_differ_per_clip(model):
 
 def test_result_is_a_video(model):
     clip = sample(model, CAPTIONS[:1], steps=2)
+    assert not clip.requires_grad and not GuidedBatch(model, CAPTIONS[:1])(seeded_noise([0], model.shape), 1.)[0].requires_grad
     assert clip.shape == (1, *model.shape) and clip.dtype == torch.float32 and clip.abs().max() <= 1 and not model.training
 
 
@@ -263,6 +264,7 @@ def test_noise_levels():
     steps = (levels[:-1]**(1/7)).diff()
     torch.testing.assert_close(steps, steps[:1].expand(17), rtol=1e-10, atol=0)
     assert noise_levels(1).tolist() == pytest.approx([80., 0.])
+    assert noise_levels(3, 1., 27., rho=3.).tolist() == pytest.approx([27., 8., 1., 0.])
 
 
 def test_seeded_noise():
