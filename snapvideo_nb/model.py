@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NETWORKS', 'PRESETS', 'ModelConfig', 'weights_folder', 'SnapVideo']
 
-# %% ../nbs/07_model.ipynb #8dec3929
+# %% ../nbs/07_model.ipynb #e1ecfb11
 import json, os, shutil, uuid
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -20,10 +20,10 @@ from .diffusion import ScaledEDM, input_scale
 from .fit import FIT, FITConfig
 from .text import build_text_encoder
 
-# %% ../nbs/07_model.ipynb #db6306f6
+# %% ../nbs/07_model.ipynb #cf3652f7
 NETWORKS = {'fit': (FIT, FITConfig)}
 
-# %% ../nbs/07_model.ipynb #ce1e204d
+# %% ../nbs/07_model.ipynb #f69df3c9
 @dataclass(frozen=True)
 class ModelConfig:
     """Everything that a model is, besides its weights: the network's kind and sizes, the text encoder, the framework's two constants.
@@ -59,13 +59,13 @@ class ModelConfig:
         try: return cls(**tuples(d | dict(network=NETWORKS[kind][1](**tuples(d['network'])))))
         except (TypeError, KeyError) as error: raise ValueError(f'not a model configuration: {error}') from None
 
-# %% ../nbs/07_model.ipynb #5175ca68
+# %% ../nbs/07_model.ipynb #d7adf5c1
 t5 = dict(kind='hf', name='google-t5/t5-11b', length=128, width=1024)
 large = FITConfig(patch_width=1024, latents=768, latent_width=3072, patch_head=64, latent_head=128, condition_width=1024)
 own_text = dict(kind='small', width=128, layers=2, heads=4, length=32, vocab_size=512)
 short = dict(text_width=128, condition_width=128, local_layers=1, dropout=0., position='sinusoid', patch_head=64, latent_head=64)
 
-# %% ../nbs/07_model.ipynb #5d77e545
+# %% ../nbs/07_model.ipynb #54332859
 PRESETS = {
     'tiny': ModelConfig(FITConfig(frames=4, height=9, width=16, patch=(1, 3, 4), group=(4, 3, 2), patch_width=32, latents=8, latent_width=32, blocks=1, global_layers=1,
                                   patch_head=16, latent_head=16, condition_width=32, text_width=32, dropout=0.), dict(kind='small', width=32, layers=1, heads=2, length=32, vocab_size=512), fps=8.),
@@ -77,7 +77,7 @@ PRESETS = {
     'fit-3.9b-up': ModelConfig(replace(large, height=288, width=512, group=(16, 18, 16), low_res=True), t5),
 }
 
-# %% ../nbs/07_model.ipynb #37fa8ad8
+# %% ../nbs/07_model.ipynb #fb02cfe8
 def weights_folder(name: str | Path) -> Path:
     "Where a model lies: a folder, a model that ships with the package, or a Hub id 'owner/name' (downloaded). FileNotFoundError otherwise."
     shipped = Path(__file__).parent/'weights'
@@ -89,7 +89,7 @@ def weights_folder(name: str | Path) -> Path:
         except Exception as error: raise FileNotFoundError(f'{name}: neither a folder nor a Hub model within reach ({type(error).__name__}); shipped: {names}') from None
     raise FileNotFoundError(f'{name}: no such model folder; shipped with this package: {names}')
 
-# %% ../nbs/07_model.ipynb #157d0e7a
+# %% ../nbs/07_model.ipynb #132ea63f
 class SnapVideo(nn.Module, ModelHubMixin, library_name='snapvideo-nb', tags=['text-to-video']):
     """A text-to-video model: `model(noisy, sigma, conditions, latents=None) -> (denoised, latents)`, the one function that samplers see.
 
@@ -140,7 +140,7 @@ class SnapVideo(nn.Module, ModelHubMixin, library_name='snapvideo-nb', tags=['te
             model = cls(ModelConfig.from_dict(json.loads((folder/'config.json').read_text('utf-8'))), tokenizer.read_text('utf-8') if tokenizer.exists() else None)
             state = load_file(folder/'model.safetensors')
             model.load_state_dict({k: v.float() for k, v in state.items()})
-        except (ValueError, SafetensorError, RuntimeError) as error: raise ValueError(f'{folder}: damaged model ({str(error).splitlines()[0]})') from None
+        except (ValueError, TypeError, SafetensorError, RuntimeError) as error: raise ValueError(f'{folder}: damaged model ({str(error).splitlines()[0]})') from None
         return model.to(device or 'cpu').eval()
 
     def save_pretrained(self, folder: str | Path, force: bool = False, dtype: torch.dtype | None = None, card: str = '', **_) -> Path:

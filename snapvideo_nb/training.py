@@ -6,7 +6,7 @@
 __all__ = ['TrainConfig', 'learning_rate', 'ema_decay', 'step_seed', 'TrainingClips', 'previous_latents', 'autocast',
            'training_loss', 'Run', 'start_model', 'loss_by_noise', 'train', 'save_samples']
 
-# %% ../nbs/09_training.ipynb #7178d6f6
+# %% ../nbs/09_training.ipynb #a20c047e
 import copy, json, math, os, shutil, time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
@@ -24,7 +24,7 @@ from .sampling import sample
 from .text import train_tokenizer
 from .video import Batch, Clip, collate, to_frames
 
-# %% ../nbs/09_training.ipynb #0f3c68dd
+# %% ../nbs/09_training.ipynb #617f4b18
 @dataclass(frozen=True)
 class TrainConfig:
     """A training run. The same configuration run again continues where the run stopped.
@@ -64,24 +64,31 @@ class TrainConfig:
     keep: int = 2
     max_seconds: float | None = None
 
-# %% ../nbs/09_training.ipynb #e9a62ac6
+    def __post_init__(self):
+        for name, lowest in dict(steps=1, batch=1, warmup=0, workers=0, log_every=1, sample_every=0, checkpoint_every=1, keep=1).items():
+            if getattr(self, name) < lowest: raise ValueError(f'{name} must be at least {lowest}, not {getattr(self, name)}')
+        for name, known in dict(weight=('paper', 'unit'), precision=('bf16', 'fp32')).items():
+            if getattr(self, name) not in known: raise ValueError(f'{name} must be one of {", ".join(known)}, not {getattr(self, name)!r}')
+        if not self.lr > 0: raise ValueError(f'lr must be positive, not {self.lr}')
+
+# %% ../nbs/09_training.ipynb #ea4e96f8
 def learning_rate(config: TrainConfig, step: int) -> float:
     "The rate at a step: linear warm-up, then half a cosine from `lr` to `final_lr*lr` at the last step."
     if step < config.warmup: return config.lr*(step + 1)/config.warmup
     done = min(1., (step - config.warmup)/max(1, config.steps - config.warmup))
     return config.lr*(config.final_lr + (1 - config.final_lr)*(1 + math.cos(math.pi*done))/2)
 
-# %% ../nbs/09_training.ipynb #e1631ecb
+# %% ../nbs/09_training.ipynb #d107b69d
 def ema_decay(config: TrainConfig, step: int) -> float:
     "How much of the average stays at a step: half after min(`ema_halflife`, `ema_ramp`*(step + 1)) steps, so that a short run forgets its start."
     return .5**(1/max(min(config.ema_halflife, config.ema_ramp*(step + 1)), 1e-8))
 
-# %% ../nbs/09_training.ipynb #0fee19c0
+# %% ../nbs/09_training.ipynb #23af7ac6
 def step_seed(seed: int, step: int, stream: int = 0) -> int:
     "A 63-bit seed that depends on the run's seed, the step and a stream number, and on nothing else."
     return int(np.random.SeedSequence([seed, step, stream]).generate_state(1, np.uint64)[0] >> 1)
 
-# %% ../nbs/09_training.ipynb #9da623b5
+# %% ../nbs/09_training.ipynb #317d1fac
 class TrainingClips(Dataset):
     """Clip i of an endless, reproducible stream over a dataset, a function of (seed, i) alone: sets without a length in their own order,
     finite ones in a new order every epoch."""
@@ -101,19 +108,19 @@ class TrainingClips(Dataset):
         rows = [range(s*config.batch, (s + 1)*config.batch) for s in range(start, config.steps)]
         return DataLoader(self, batch_sampler=rows, collate_fn=collate, num_workers=config.workers, prefetch_factor=4 if config.workers else None)
 
-# %% ../nbs/09_training.ipynb #7306b288
+# %% ../nbs/09_training.ipynb #d7bae322
 def previous_latents(model: SnapVideo, noisy, sigma, conditions, keep):
     "The latents of an extra evaluation of the same input without gradient, for the clips of `keep` [b]; zero (none) for the others."
     if not getattr(model.network, 'self_conditioned', False) or not keep.any(): return None
     with torch.no_grad(): found = model(noisy[keep], sigma[keep], conditions[keep])[1]
     return found.new_zeros(len(keep), *found.shape[1:]).index_put_((keep,), found)
 
-# %% ../nbs/09_training.ipynb #7e758706
+# %% ../nbs/09_training.ipynb #c74acf50
 def autocast(config: TrainConfig):
     "The precision of one evaluation: a fresh context each time, as autocast's cache of weights would hide the gradient after a no-grad pass."
     return torch.autocast(config.device.split(':')[0], torch.bfloat16) if config.precision == 'bf16' else nullcontext()
 
-# %% ../nbs/09_training.ipynb #75d08752
+# %% ../nbs/09_training.ipynb #141fbdca
 def training_loss(model: SnapVideo, batch: Batch, config: TrainConfig, step: int) -> tuple[Float[Tensor, 'b'], Float[Tensor, 'b']]:
     "The loss of each clip of a step's batch, and its noise level: [b], [b]. All its chance comes from (seed, step)."
     torch.manual_seed(step_seed(config.seed, step))
@@ -127,24 +134,26 @@ def training_loss(model: SnapVideo, batch: Batch, config: TrainConfig, step: int
     with autocast(config):
         return diffusion_loss(model.framework, model.network, batch.video, noise, sigma, conditions, latents, config.weight)[0], sigma
 
-# %% ../nbs/09_training.ipynb #de3bf0b1
+# %% ../nbs/09_training.ipynb #17afe2ff
 class Run:
     "A training run's folder: config.json, log.jsonl, samples/, checkpoints/ (each whole or absent; the last `keep` stay) and at the end model/."
     def __init__(self, config: TrainConfig):
         self.config, self.folder = config, Path(config.run)
-        (self.folder/'checkpoints').mkdir(parents=True, exist_ok=True)
-        (self.folder/'samples').mkdir(exist_ok=True)
         self.same_config()
 
     def same_config(self):
         "Refuse to continue a run with another configuration: ValueError names what differs (how long, how often and on what may change)."
-        path, free = self.folder/'config.json', {'run', 'steps', 'max_seconds', 'log_every', 'sample_every', 'checkpoint_every', 'keep', 'workers', 'device', 'compile'}
-        now = json.loads(json.dumps(asdict(self.config)))
-        if path.exists():
-            old = json.loads(path.read_text('utf-8'))
-            changed = [f'{k} was {old.get(k)!r}, now {v!r}' for k, v in now.items() if k not in free and old.get(k) != v]
-            if changed: raise ValueError(f'{self.folder} holds a run with another configuration ({"; ".join(changed)}); choose another run folder')
-        self.write(path, json.dumps(now, indent=1))
+        free = {'run', 'steps', 'max_seconds', 'log_every', 'sample_every', 'checkpoint_every', 'keep', 'workers', 'device', 'compile'}
+        if not (self.folder/'config.json').exists(): return
+        now, old = json.loads(json.dumps(asdict(self.config))), json.loads((self.folder/'config.json').read_text('utf-8'))
+        changed = [f'{k} was {old.get(k)!r}, now {v!r}' for k, v in now.items() if k not in free and old.get(k) != v]
+        if changed: raise ValueError(f'{self.folder} holds a run with another configuration ({"; ".join(changed)}); choose another run folder')
+
+    def begin(self, step: int):
+        "Make the folders, keep the configuration, drop the log of steps after `step`: once everything that can be refused has passed."
+        for name in ('checkpoints', 'samples'): (self.folder/name).mkdir(parents=True, exist_ok=True)
+        self.write(self.folder/'config.json', json.dumps(asdict(self.config), indent=1))
+        self.forget_after(step)
 
     def write(self, path: Path, text: str):
         "Write a text file whole or not at all."
@@ -198,18 +207,17 @@ class Run:
         path = self.folder/'log.jsonl'
         if path.exists(): self.write(path, ''.join(line + '\n' for line in path.read_text('utf-8').splitlines() if json.loads(line)['step'] <= step))
 
-# %% ../nbs/09_training.ipynb #415fd8f7
+# %% ../nbs/09_training.ipynb #a49395b6
 def start_model(config: TrainConfig, clips) -> SnapVideo:
     "The model that a run begins with: a preset with a tokenizer of its own made from the data's captions, or a trained model to fine-tune."
     torch.manual_seed(step_seed(config.seed, 0, stream=1))
     if config.init_from: return SnapVideo.from_pretrained(config.init_from)
-    if config.preset not in PRESETS: raise ValueError(f'unknown preset {config.preset!r}; there are: {", ".join(PRESETS)}')
     text = PRESETS[config.preset].text
     if text['kind'] != 'small': return SnapVideo.from_preset(config.preset)
     captions = clips.captions() if hasattr(clips, 'captions') else [clips.program(j)['caption'] for j in range(4000)]
     return SnapVideo.from_preset(config.preset, tokenizer_json=train_tokenizer(captions, text['vocab_size']).to_json())
 
-# %% ../nbs/09_training.ipynb #dc3458d7
+# %% ../nbs/09_training.ipynb #8ce820df
 def loss_by_noise(losses: Tensor, sigmas: Tensor, edges=(0., .05, .15, .5, 1.5, 5., math.inf)) -> dict:
     "Mean loss and count between noise levels: {'0.05-0.15': [mean, count], ...}."
     bins = {}
@@ -217,19 +225,19 @@ def loss_by_noise(losses: Tensor, sigmas: Tensor, edges=(0., .05, .15, .5, 1.5, 
         if (inside := (sigmas >= low) & (sigmas < high)).any(): bins[f'{low:g}-{high:g}'] = [round(losses[inside].mean().item(), 5), int(inside.sum())]
     return bins
 
-# %% ../nbs/09_training.ipynb #040c1b08
+# %% ../nbs/09_training.ipynb #c5cbf51b
 def train(config: TrainConfig, clips=None, sample_prompts: list[str] | None = None) -> Path:
     """Train, or continue, a run; its last line is the path of the averaged model, saved in `run`/model once all steps are done.
 
     `clips` may replace the dataset that `config.data` names. ValueError for a configuration that does not fit the run's folder."""
-    preset = PRESETS[config.preset].network if config.preset in PRESETS else None
-    run = Run(config)
-    if clips is None and preset: clips = open_data(config.data, preset.frames, preset.height, preset.width, **config.data_options)
+    if config.preset not in PRESETS: raise ValueError(f'unknown preset {config.preset!r}; there are: {", ".join(PRESETS)}')
+    preset, run = PRESETS[config.preset].network, Run(config)
+    if clips is None: clips = open_data(config.data, preset.frames, preset.height, preset.width, **config.data_options)
     model = start_model(config, clips).to(config.device).train()
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     optimizer = torch.optim.AdamW(model.parameters(), config.lr, config.betas, weight_decay=config.weight_decay)
     start, seconds = run.load(model, ema, optimizer)
-    run.forget_after(start)
+    run.begin(start)
     if config.compile: model.network.compile()
     done, began, losses, sigmas = start, time.time() - seconds, [], []
     prompts = sample_prompts or [clips[i].caption for i in range(8)]
@@ -258,7 +266,7 @@ def train(config: TrainConfig, clips=None, sample_prompts: list[str] | None = No
     if done >= config.steps: ema.save_pretrained(run.folder/'model', force=True, dtype=torch.bfloat16)
     return run.folder
 
-# %% ../nbs/09_training.ipynb #998b7af7
+# %% ../nbs/09_training.ipynb #870224dd
 def save_samples(run: Run, model: SnapVideo, prompts: list[str], step: int, steps: int = 24, guidance: float = 1.) -> Path:
     "A contact sheet of samples at fixed seeds from the averaged model, under the run's samples/."
     from snapvideo_nb.video import contact_sheet, save_image
