@@ -6,7 +6,7 @@
 __all__ = ['TrainConfig', 'learning_rate', 'ema_decay', 'step_seed', 'TrainingClips', 'previous_latents', 'autocast',
            'training_loss', 'Run', 'start_model', 'loss_by_noise', 'train', 'save_samples']
 
-# %% ../nbs/09_training.ipynb #a20c047e
+# %% ../nbs/09_training.ipynb #0d7e2e7c
 import copy, json, math, os, shutil, time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
@@ -24,45 +24,41 @@ from .sampling import sample
 from .text import train_tokenizer
 from .video import Batch, Clip, collate, to_frames
 
-# %% ../nbs/09_training.ipynb #617f4b18
+# %% ../nbs/09_training.ipynb #24c3e410
 @dataclass(frozen=True)
 class TrainConfig:
-    """A training run. The same configuration run again continues where the run stopped.
-
-    `steps` of `batch` clips; `lr` after `warmup` steps, then by a cosine to `final_lr` times itself; `weight` of the loss: 'paper' or 'unit';
-    `P_mean`, `P_std` of ln sigma; `ema_halflife` in steps, reached by a ramp of `ema_ramp` of the steps done; `label_dropout` and `self_conditioning` are
-    probabilities per clip; `precision` 'bf16' or 'fp32';
-    `max_seconds` stops a run early (it can be continued). `data_options` go to `open_data`."""
-    run: str = 'runs/mini'
-    preset: str = 'mini'
-    init_from: str | None = None
-    data: str = 'emoji'
-    data_options: dict = field(default_factory=dict)
-    seed: int = 0
-    steps: int = 10_000
-    batch: int = 16
-    lr: float = 2e-3
-    final_lr: float = .01
-    warmup: int = 300
-    betas: tuple[float, float] = (.9, .99)
-    weight_decay: float = .01
-    clip_norm: float = 1.
-    P_mean: float = -1.2
-    P_std: float = 1.2
-    weight: str = 'paper'
-    label_dropout: float = .1
-    self_conditioning: float = .9
-    ema_halflife: float = 6000.
-    ema_ramp: float = .05
-    precision: str = 'bf16'
-    compile: bool = False
-    device: str = 'cpu'
-    workers: int = 1
-    log_every: int = 20
-    sample_every: int = 1000
-    checkpoint_every: int = 500
-    keep: int = 2
-    max_seconds: float | None = None
+    """A training run: its folder holds the log, samples, checkpoints and at the end the averaged model. The same configuration run again
+    continues where the run stopped. ValueError for a number that cannot work."""
+    run: str = 'runs/mini'                            # folder of the run; the same command again continues it
+    preset: str = 'mini'                              # which model: see `snapvideo presets`
+    init_from: str | None = None                      # start from a trained model instead (a shipped one, a folder, a Hub id): fine-tuning
+    data: str = 'emoji'                               # emoji, film, shapes, a folder of videos or images, or a Hub data set
+    data_options: dict = field(default_factory=dict)  # more for `open_data`, as pairs: NAME VALUE ...
+    seed: int = 0                                     # of the first weights, the data's order, noise and dropout
+    steps: int = 10_000                               # optimizer steps in all
+    batch: int = 16                                   # clips in a step
+    lr: float = 2e-3                                  # learning rate after the warm-up
+    final_lr: float = .01                             # learning rate at the end of the cosine, as a share of lr
+    warmup: int = 300                                 # steps in which the learning rate rises linearly
+    betas: tuple[float, float] = (.9, .99)            # AdamW's memory of gradients and of their squares
+    weight_decay: float = .01                         # AdamW's decoupled decay
+    clip_norm: float = 1.                             # largest norm of the gradient
+    P_mean: float = -1.2                              # mean of ln sigma
+    P_std: float = 1.2                                # standard deviation of ln sigma
+    weight: str = 'paper'                             # of the loss over noise levels: paper (w of Table 1) or unit (1 everywhere)
+    label_dropout: float = .1                         # share of clips trained without their caption, for guidance
+    self_conditioning: float = .9                     # share of clips that see the latents of an extra evaluation
+    ema_halflife: float = 6000.                       # half-life of the averaged weights, in steps
+    ema_ramp: float = .05                             # the half-life is at most this share of the steps done, so that a short run forgets its start
+    precision: str = 'bf16'                           # bf16 (autocast) or fp32
+    compile: bool = False                             # torch.compile the network
+    device: str = 'cpu'                               # cpu, cuda, cuda:1, ...
+    workers: int = 1                                  # processes that prepare clips; 0 prepares them in between
+    log_every: int = 20                               # steps between lines of log.jsonl
+    sample_every: int = 1000                          # steps between sheets of samples; 0: never
+    checkpoint_every: int = 500                       # steps between checkpoints
+    keep: int = 2                                     # checkpoints to keep
+    max_seconds: float | None = None                  # stop after so many seconds (the run can be continued)
 
     def __post_init__(self):
         for name, lowest in dict(steps=1, batch=1, warmup=0, workers=0, log_every=1, sample_every=0, checkpoint_every=1, keep=1).items():
@@ -71,24 +67,24 @@ class TrainConfig:
             if getattr(self, name) not in known: raise ValueError(f'{name} must be one of {", ".join(known)}, not {getattr(self, name)!r}')
         if not self.lr > 0: raise ValueError(f'lr must be positive, not {self.lr}')
 
-# %% ../nbs/09_training.ipynb #ea4e96f8
+# %% ../nbs/09_training.ipynb #82e0bb86
 def learning_rate(config: TrainConfig, step: int) -> float:
     "The rate at a step: linear warm-up, then half a cosine from `lr` to `final_lr*lr` at the last step."
     if step < config.warmup: return config.lr*(step + 1)/config.warmup
     done = min(1., (step - config.warmup)/max(1, config.steps - config.warmup))
     return config.lr*(config.final_lr + (1 - config.final_lr)*(1 + math.cos(math.pi*done))/2)
 
-# %% ../nbs/09_training.ipynb #d107b69d
+# %% ../nbs/09_training.ipynb #45479df0
 def ema_decay(config: TrainConfig, step: int) -> float:
     "How much of the average stays at a step: half after min(`ema_halflife`, `ema_ramp`*(step + 1)) steps, so that a short run forgets its start."
     return .5**(1/max(min(config.ema_halflife, config.ema_ramp*(step + 1)), 1e-8))
 
-# %% ../nbs/09_training.ipynb #23af7ac6
+# %% ../nbs/09_training.ipynb #d5710836
 def step_seed(seed: int, step: int, stream: int = 0) -> int:
     "A 63-bit seed that depends on the run's seed, the step and a stream number, and on nothing else."
     return int(np.random.SeedSequence([seed, step, stream]).generate_state(1, np.uint64)[0] >> 1)
 
-# %% ../nbs/09_training.ipynb #317d1fac
+# %% ../nbs/09_training.ipynb #e228b7a8
 class TrainingClips(Dataset):
     """Clip i of an endless, reproducible stream over a dataset, a function of (seed, i) alone: sets without a length in their own order,
     finite ones in a new order every epoch."""
@@ -108,19 +104,19 @@ class TrainingClips(Dataset):
         rows = [range(s*config.batch, (s + 1)*config.batch) for s in range(start, config.steps)]
         return DataLoader(self, batch_sampler=rows, collate_fn=collate, num_workers=config.workers, prefetch_factor=4 if config.workers else None)
 
-# %% ../nbs/09_training.ipynb #d7bae322
+# %% ../nbs/09_training.ipynb #aa7e7cee
 def previous_latents(model: SnapVideo, noisy, sigma, conditions, keep):
     "The latents of an extra evaluation of the same input without gradient, for the clips of `keep` [b]; zero (none) for the others."
     if not getattr(model.network, 'self_conditioned', False) or not keep.any(): return None
     with torch.no_grad(): found = model(noisy[keep], sigma[keep], conditions[keep])[1]
     return found.new_zeros(len(keep), *found.shape[1:]).index_put_((keep,), found)
 
-# %% ../nbs/09_training.ipynb #c74acf50
+# %% ../nbs/09_training.ipynb #0a8c54cd
 def autocast(config: TrainConfig):
     "The precision of one evaluation: a fresh context each time, as autocast's cache of weights would hide the gradient after a no-grad pass."
     return torch.autocast(config.device.split(':')[0], torch.bfloat16) if config.precision == 'bf16' else nullcontext()
 
-# %% ../nbs/09_training.ipynb #141fbdca
+# %% ../nbs/09_training.ipynb #138c8ca8
 def training_loss(model: SnapVideo, batch: Batch, config: TrainConfig, step: int) -> tuple[Float[Tensor, 'b'], Float[Tensor, 'b']]:
     "The loss of each clip of a step's batch, and its noise level: [b], [b]. All its chance comes from (seed, step)."
     torch.manual_seed(step_seed(config.seed, step))
@@ -134,7 +130,7 @@ def training_loss(model: SnapVideo, batch: Batch, config: TrainConfig, step: int
     with autocast(config):
         return diffusion_loss(model.framework, model.network, batch.video, noise, sigma, conditions, latents, config.weight)[0], sigma
 
-# %% ../nbs/09_training.ipynb #17afe2ff
+# %% ../nbs/09_training.ipynb #fc0fd71e
 class Run:
     "A training run's folder: config.json, log.jsonl, samples/, checkpoints/ (each whole or absent; the last `keep` stay) and at the end model/."
     def __init__(self, config: TrainConfig):
@@ -207,7 +203,7 @@ class Run:
         path = self.folder/'log.jsonl'
         if path.exists(): self.write(path, ''.join(line + '\n' for line in path.read_text('utf-8').splitlines() if json.loads(line)['step'] <= step))
 
-# %% ../nbs/09_training.ipynb #a49395b6
+# %% ../nbs/09_training.ipynb #d89031f2
 def start_model(config: TrainConfig, clips) -> SnapVideo:
     "The model that a run begins with: a preset with a tokenizer of its own made from the data's captions, or a trained model to fine-tune."
     torch.manual_seed(step_seed(config.seed, 0, stream=1))
@@ -217,7 +213,7 @@ def start_model(config: TrainConfig, clips) -> SnapVideo:
     captions = clips.captions() if hasattr(clips, 'captions') else [clips.program(j)['caption'] for j in range(4000)]
     return SnapVideo.from_preset(config.preset, tokenizer_json=train_tokenizer(captions, text['vocab_size']).to_json())
 
-# %% ../nbs/09_training.ipynb #8ce820df
+# %% ../nbs/09_training.ipynb #6d2c406e
 def loss_by_noise(losses: Tensor, sigmas: Tensor, edges=(0., .05, .15, .5, 1.5, 5., math.inf)) -> dict:
     "Mean loss and count between noise levels: {'0.05-0.15': [mean, count], ...}."
     bins = {}
@@ -225,7 +221,7 @@ def loss_by_noise(losses: Tensor, sigmas: Tensor, edges=(0., .05, .15, .5, 1.5, 
         if (inside := (sigmas >= low) & (sigmas < high)).any(): bins[f'{low:g}-{high:g}'] = [round(losses[inside].mean().item(), 5), int(inside.sum())]
     return bins
 
-# %% ../nbs/09_training.ipynb #c5cbf51b
+# %% ../nbs/09_training.ipynb #602f7a12
 def train(config: TrainConfig, clips=None, sample_prompts: list[str] | None = None) -> Path:
     """Train, or continue, a run; its last line is the path of the averaged model, saved in `run`/model once all steps are done.
 
@@ -266,7 +262,7 @@ def train(config: TrainConfig, clips=None, sample_prompts: list[str] | None = No
     if done >= config.steps: ema.save_pretrained(run.folder/'model', force=True, dtype=torch.bfloat16)
     return run.folder
 
-# %% ../nbs/09_training.ipynb #870224dd
+# %% ../nbs/09_training.ipynb #5d759698
 def save_samples(run: Run, model: SnapVideo, prompts: list[str], step: int, steps: int = 24, guidance: float = 1.) -> Path:
     "A contact sheet of samples at fixed seeds from the averaged model, under the run's samples/."
     from snapvideo_nb.video import contact_sheet, save_image
