@@ -6,7 +6,7 @@
 __all__ = ['SOLVERS', 'noise_levels', 'State', 'Denoise', 'euler_step', 'heun_step', 'solve', 'GuidedBatch', 'seeded_noise',
            'sample']
 
-# %% ../nbs/08_sampling.ipynb #9b96be95
+# %% ../nbs/08_sampling.ipynb #87464ba4
 from collections.abc import Callable
 from operator import index
 from typing import NamedTuple
@@ -16,30 +16,30 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from .blocks import Conditions
 
-# %% ../nbs/08_sampling.ipynb #93088148
+# %% ../nbs/08_sampling.ipynb #7e421ba3
 def noise_levels(steps: int, sigma_min: float = .002, sigma_max: float = 80., rho: float = 7.) -> Float[Tensor, 'n']:
-    """EDM's grid: `steps` levels from sigma_max to sigma_min, evenly spaced in sigma^(1/rho), and a final 0: [steps + 1], float64.
+    """EDM's grid, [steps + 1] in float64: `steps` levels from sigma_max to sigma_min, even in sigma^(1/rho), and a final 0.
 
     ValueError for steps < 1, rho <= 0, or levels that are not 0 < sigma_min <= sigma_max."""
     if steps < 1: raise ValueError(f'a sampler needs at least 1 step, not {steps}')
     if not (0 < sigma_min <= sigma_max and rho > 0):
-        raise ValueError(f'noise levels need 0 < sigma_min <= sigma_max and rho > 0, got {sigma_min}, {sigma_max} and rho {rho}')
+        raise ValueError(f'a sampler needs 0 < sigma_min <= sigma_max and rho > 0, got {sigma_min}, {sigma_max} and rho {rho}')
     top, bottom = sigma_max**(1/rho), sigma_min**(1/rho)
     levels = (top + torch.linspace(0, 1, steps, dtype=torch.float64)*(bottom - top))**rho
     return torch.cat([levels, levels.new_zeros(1)])
 
-# %% ../nbs/08_sampling.ipynb #02e3e05d
+# %% ../nbs/08_sampling.ipynb #8484a4ad
 class State(NamedTuple):
-    """Where a sampler stands: `x` [b, ...] float64 on the scaled process, the `latents` of the last evaluation (None: no evaluation yet, or a
-    network without them), and `denoised`, the estimate D(x; sigma) of the clip in [-1, 1] with which the last step began."""
+    """Where a sampler stands: `x` [b, ...] float64 on the scaled process, the `latents` of the last evaluation (None: none yet, or a
+    network without them), and `denoised`, the estimate D(x; sigma) of the clip with which the last step began."""
     x: Tensor
     latents: Tensor | None = None
     denoised: Tensor | None = None
 
-# %% ../nbs/08_sampling.ipynb #09341073
+# %% ../nbs/08_sampling.ipynb #691731b5
 class Denoise:
-    """What a solver calls: `denoise(state, x, sigma) -> (slope, State)`, the slope dx/dsigma = (x - D/sigma_in)/sigma of the probability-flow ODE
-    and the state with the evaluation's latents and estimate (its x is still the step's start).
+    """What a solver calls: `denoise(state, x, sigma) -> (slope, State)`: the slope dx/dsigma = (x - D/sigma_in)/sigma of the
+    probability-flow ODE, and the state with this evaluation's latents and estimate (its x is still the step's start).
 
     `denoiser(x, sigma, latents) -> (D, latents)` may work in any precision; the slope is float64."""
     def __init__(self, denoiser: Callable, sigma_in: float): self.denoiser, self.sigma_in = denoiser, sigma_in
@@ -48,56 +48,56 @@ class Denoise:
         denoised, latents = self.denoiser(x, sigma, state.latents)
         return (x - denoised.double()/self.sigma_in)/sigma, State(state.x, latents, denoised)
 
-# %% ../nbs/08_sampling.ipynb #874ef948
+# %% ../nbs/08_sampling.ipynb #2c4b931b
 def euler_step(denoise: Denoise, state: State, sigma: float, sigma_next: float) -> State:
     "One first-order step: along the slope at `sigma`. One evaluation."
     slope, here = denoise(state, state.x, sigma)
     return here._replace(x=state.x + (sigma_next - sigma)*slope)
 
-# %% ../nbs/08_sampling.ipynb #784d7713
+# %% ../nbs/08_sampling.ipynb #1898b920
 def heun_step(denoise: Denoise, state: State, sigma: float, sigma_next: float) -> State:
-    "One second-order step (the paper's): along the mean of the slopes at both ends. Two evaluations; one, an Euler step, when it ends at 0."
+    "One second-order step, the paper's: along the mean of the slopes at both ends. Two evaluations, but one if it ends at 0."
     slope, here = denoise(state, state.x, sigma)
     euler = state.x + (sigma_next - sigma)*slope
     if sigma_next == 0: return here._replace(x=euler)
     slope_next, there = denoise(here, euler, sigma_next)
     return there._replace(x=state.x + (sigma_next - sigma)*(slope + slope_next)/2, denoised=here.denoised)
 
-# %% ../nbs/08_sampling.ipynb #928cc2dc
+# %% ../nbs/08_sampling.ipynb #4386844f
 SOLVERS = {'heun': heun_step, 'euler': euler_step}
 
-# %% ../nbs/08_sampling.ipynb #320189a9
+# %% ../nbs/08_sampling.ipynb #10ee20f4
 def solve(denoise: Denoise, x: Float[Tensor, 'b ...'], levels: Float[Tensor, 'n'], solver: Callable = heun_step,
           callback: Callable | None = None) -> Float[Tensor, 'b ...']:
-    """Follow the probability-flow ODE from `x` at levels[0] to levels[-1]; the result is float64 on the scaled process (times sigma_in: a clip).
+    """Follow the probability-flow ODE from `x` at levels[0] to levels[-1]: float64, on the scaled process (times sigma_in: a clip).
 
-    `callback(step, sigma, x, denoised, latents)` sees, after each step, where it began, the estimate there and the last latents.
+    `callback(step, sigma, x, denoised, latents)` sees after each step where it began, the estimate there and the last latents.
     FloatingPointError names the step and the samples where numbers stop being finite."""
     state, levels = State(x.double()), levels.tolist()
     for step, (sigma, sigma_next) in enumerate(zip(levels, levels[1:])):
         after = solver(denoise, state, sigma, sigma_next)
         if not (fine := after.x.flatten(1).isfinite().all(1)).all():
-            raise FloatingPointError(f'sampling diverged at step {step} (sigma = {sigma:.4g}) in samples {(~fine).nonzero().flatten().tolist()}')
+            lost = (~fine).nonzero().flatten().tolist()
+            raise FloatingPointError(f'sampling diverged at step {step} (sigma = {sigma:.4g}) in samples {lost}')
         if callback: callback(step, sigma, state.x, after.denoised, after.latents)
         state = after
     return state.x
 
-# %% ../nbs/08_sampling.ipynb #c32c28a1
+# %% ../nbs/08_sampling.ipynb #c3116bc8
 class GuidedBatch:
-    """The model as a denoiser (x, sigma, latents) -> (D, latents) for a list of captions, in micro-batches of one fixed size, with guidance.
+    """The model as a denoiser (x, sigma, latents) -> (D, latents) for a list of captions, with guidance, in micro-batches of one size.
 
-    D = D_c + w (D_c - D_u) with w = `guidance`: 0 is unguided and costs one evaluation, any other w two (in one batch, each branch with latents
-    of its own: [branches, b, m, l]). `fps`: a number or one per clip; `size`: (height, width) or one pair per clip. `micro_batch` clips are evaluated
-    together, the last ones padded to that number. With 1 a clip's arithmetic is the same in any company, by construction; more is faster on a GPU,
-    where a clip's last bits may then depend on its place among them."""
+    D = D_c + w (D_c - D_u), w = `guidance`: 0 is unguided and costs one evaluation, any other w two, in one batch, each branch with
+    latents of its own [branches, b, m, l]. `fps`: a number or one per clip; `size`: (height, width) or one pair per clip.
+    `micro_batch` clips are evaluated together, the last ones padded to that number. With 1 a clip's arithmetic is the same in any
+    company, by construction; more is faster on a GPU, where a clip's last bits may then depend on its place."""
     def __init__(self, model, prompts: list[str], guidance: float = 0., fps=None, size=None, micro_batch: int = 1):
         if micro_batch < 1: raise ValueError(f'a micro-batch holds at least 1 clip, not {micro_batch}')
         self.model, self.guidance, self.branches, self.parts = model, guidance, 2 if guidance else 1, []
-        fps, size = (None if v is None else torch.as_tensor(v, dtype=torch.float32) for v in (fps, size))
+        own = lambda v, ndim, rows: v if v is None or torch.as_tensor(v).ndim == ndim else torch.as_tensor(v)[rows]
         for start in range(0, len(prompts), micro_batch):
             rows = [min(i, len(prompts) - 1) for i in range(start, start + micro_batch)]
-            conditions = model.conditions([prompts[i] for i in rows], fps[rows] if fps is not None and fps.ndim == 1 else fps,
-                                          size[rows] if size is not None and size.ndim == 2 else size)
+            conditions = model.conditions([prompts[i] for i in rows], own(fps, 0, rows), own(size, 1, rows))
             if guidance: conditions = Conditions.cat([conditions, conditions.without_text()])
             self.parts.append((rows, model.prepare(conditions)))
 
@@ -111,31 +111,35 @@ class GuidedBatch:
 
     @torch.no_grad()
     def __call__(self, x: Float[Tensor, 'b ...'], sigma: float, latents=None):
-        done = [self.evaluate(x[rows].float(), sigma, conditions, None if latents is None else latents[:, rows]) for rows, conditions in self.parts]
+        done = [self.evaluate(x[rows].float(), sigma, conditions, None if latents is None else latents[:, rows])
+                for rows, conditions in self.parts]
         denoised, latents = zip(*done)
         return torch.cat(denoised)[:len(x)], None if latents[0] is None else torch.cat(latents, 1)[:, :len(x)]
 
-# %% ../nbs/08_sampling.ipynb #be41e03c
+# %% ../nbs/08_sampling.ipynb #361066ee
 def seeded_noise(seeds: list[int], shape) -> Float[Tensor, 'b ...']:
-    "Standard normal noise [b, *shape], float64, each sample from its own seed alone, drawn on the CPU so that every device gets the same."
-    return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(index(seed)), dtype=torch.float64) for seed in seeds])
+    "Standard normal noise [b, *shape] in float64, each sample from its own seed alone, drawn on the CPU for every device."
+    generators = [torch.Generator().manual_seed(index(seed)) for seed in seeds]
+    return torch.stack([torch.randn(shape, generator=generator, dtype=torch.float64) for generator in generators])
 
-# %% ../nbs/08_sampling.ipynb #90d7e7c8
+# %% ../nbs/08_sampling.ipynb #98e6e3c1
 @torch.no_grad()
-def sample(model, prompts: list[str], seeds: list[int] | None = None, steps: int = 64, guidance: float = 0., solver: str | Callable = 'heun', fps=None, size=None,
-           sigma_min: float = .002, sigma_max: float = 80., rho: float = 7., micro_batch: int = 1, callback: Callable | None = None,
-           progress: bool = False) -> Float[Tensor, 'b 3 t h w']:
+def sample(model, prompts: list[str], seeds: list[int] | None = None, steps: int = 64, guidance: float = 0., solver: str | Callable = 'heun',
+           fps=None, size=None, sigma_min: float = .002, sigma_max: float = 80., rho: float = 7., micro_batch: int = 1,
+           callback: Callable | None = None, progress: bool = False) -> Float[Tensor, 'b 3 t h w']:
     """Videos in [-1, 1] for captions: [b, 3, t, h, w] float32. Puts the model into evaluation mode.
 
     Sample i depends on prompts[i], seeds[i] (default i) and the settings alone; on CPU it is bit-identical whatever stands beside it.
-    `solver`: a name in SOLVERS or a step function. `fps` and `size` (the original height and width) are told to the model, per clip or for all.
-    `callback(step, sigma, x, denoised, latents)` sees every step. ValueError for no prompts, unequal counts, an unknown solver or steps < 1."""
+    `solver`: a name in SOLVERS or a step function. `fps` and `size` (the original height and width), for all clips or one each, are what
+    the model is told. `callback(step, sigma, x, denoised, latents)` sees every step.
+    ValueError for no captions, unequal counts, an unknown solver, steps < 1."""
     if isinstance(prompts, str) or not len(prompts): raise ValueError(f'sample needs a list of at least one caption, got {prompts!r}')
-    seeds = list(range(len(prompts))) if seeds is None else list(seeds)
-    if len(prompts) != len(seeds): raise ValueError(f'sample needs one seed for each caption, got {len(prompts)} captions and {len(seeds)} seeds')
+    seeds = list(range(len(prompts)) if seeds is None else seeds)
+    if len(prompts) != len(seeds): raise ValueError(f'as many seeds as captions are needed, got {len(prompts)} captions and {len(seeds)} seeds')
     if isinstance(solver, str) and solver not in SOLVERS: raise ValueError(f'unknown solver {solver!r}; there are: {", ".join(SOLVERS)}')
     solver, levels = SOLVERS.get(solver, solver), noise_levels(steps, sigma_min, sigma_max, rho)
-    denoise = Denoise(GuidedBatch(model.eval(), list(prompts), guidance, fps, size, micro_batch), model.framework.sigma_in)
+    batch = GuidedBatch(model.eval(), list(prompts), guidance, fps, size, micro_batch)
+    denoise = Denoise(batch, model.framework.sigma_in)
     x = levels[0]*seeded_noise(seeds, model.shape).to(model.device)
     with tqdm(total=steps, desc='denoising', disable=not progress) as bar:
         def each(*args):
