@@ -2,7 +2,7 @@
 # targets also what its makers need. Nothing is installed twice; a change of constraints.txt, settings.ini or setup.py updates it.
 PYTHON  ?= python3
 TORCH   ?= torch
-CAPTION ?= a red apple moving to the right
+CAPTION ?= a frog moves to the right quickly on a blue background
 SEED    ?= 0
 WORKERS ?= 2
 BIN     := .venv/bin
@@ -21,7 +21,7 @@ help:
 	@echo
 	@echo 'Variables: CAPTION, SEED (of demo); PYTHON, the interpreter .venv is made with; WORKERS, notebooks tested at a time;'
 	@echo 'TORCH, what pip installs as torch, options included, for a build of your choice:'
-	@echo '  make demo CAPTION="a rocket flies up" SEED=3 TORCH="torch --index-url ADDRESS"'
+	@echo '  make demo CAPTION="a whale comes closer" SEED=3 TORCH="torch --index-url ADDRESS"'
 
 .venv/torch: constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo 'Python 3.10 or newer is needed: set PYTHON=...' >&2; exit 1; }

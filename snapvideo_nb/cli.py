@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['COMMANDS', 'one_line', 'parse', 'slug', 'at_least', 'free', 'choose_device', 'warn_unknown', 'Sample', 'preset_facts',
-           'Presets', 'train_command', 'ClipOptions', 'DataShow', 'DataMeasure', 'DataEmoji', 'overview', 'choose',
-           'main']
+           'Presets', 'literal', 'train_command', 'ClipOptions', 'DataShow', 'DataMeasure', 'DataEmoji', 'overview',
+           'choose', 'main']
 
-# %% ../nbs/18_cli.ipynb #dc03e477
+# %% ../nbs/18_cli.ipynb #978711f1
 import ast, contextlib, difflib, io, json, os, re, sys, traceback, warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +17,7 @@ import tyro
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 from . import __version__
 
-# %% ../nbs/18_cli.ipynb #d30a04f2
+# %% ../nbs/18_cli.ipynb #b2ade9d4
 def one_line(error: Exception) -> str:
     "What a user reads about an error: its message in one line; for an error of the operating system the reason and the file."
     reason = getattr(error, 'strerror', None)
@@ -25,7 +25,7 @@ def one_line(error: Exception) -> str:
         return ': '.join(str(part) for part in (error.filename, reason[:1].lower() + reason[1:]) if part)
     return ' '.join(str(error).split()) or type(error).__name__
 
-# %% ../nbs/18_cli.ipynb #47005a1d
+# %% ../nbs/18_cli.ipynb #7d70662a
 def parse(config: type, arguments: list, command: str):
     """A `config` (a dataclass, or whatever tyro accepts) filled from the words after `snapvideo command`.
 
@@ -37,18 +37,19 @@ def parse(config: type, arguments: list, command: str):
     except SystemExit as stop:
         if not stop.code: raise
     text = ' '.join(re.sub('[│╰╯]', ' ', re.sub('╭.*╮', '─' * 5, box.getvalue())).split())
-    _, told, *rest = re.split(r' ?[─-]{5,} ?', text)
-    close = re.match(r'Perhaps you meant: (--\S+)', rest[0] if rest else '')
+    told, hint = [*re.split(r' ?[─-]{5,} ?', text)[1:], text, ''][:2]
+    close = re.match(r'Perhaps you meant: (--\S+)', hint)
+    told = re.sub(r'^Error parsing [A-Z]\w+: ', '', told)
     raise ValueError(told + (f'; perhaps {close[1]}?' if close else '') + f' (snapvideo {command} --help)')
 
-# %% ../nbs/18_cli.ipynb #3c9ee215
+# %% ../nbs/18_cli.ipynb #3e302c44
 def slug(caption: str, length: int = 60) -> str:
     "A caption as a file name: lower-case words joined by hyphens, whole words up to `length` characters."
     words = re.findall(r'[^\W_]+', caption.lower())
     while len(words) > 1 and len('-'.join(words)) > length: words.pop()
     return '-'.join(words)[:length] or 'video'
 
-# %% ../nbs/18_cli.ipynb #aa23529e
+# %% ../nbs/18_cli.ipynb #3b1367ad
 def at_least(lowest: float, **numbers):
     "ValueError for the first of the named options that is below `lowest`, infinite or not a number."
     for name, number in numbers.items():
@@ -63,7 +64,7 @@ def free(*files: Path, force: bool = False):
         if not folder.is_dir(): raise NotADirectoryError(f'{folder} is a file, so {file} cannot be written')
         if not os.access(folder, os.W_OK | os.X_OK): raise PermissionError(f'{folder} may not be written to: choose another --out')
 
-# %% ../nbs/18_cli.ipynb #00245d0c
+# %% ../nbs/18_cli.ipynb #fa804d7a
 def choose_device(name: str = ''):
     "The named torch device, or a GPU when there is one, or the CPU; ValueError for a device that is not there."
     import torch
@@ -76,7 +77,7 @@ def warn_unknown(text, captions):
         if unknown := dict.fromkeys(text.unknown_words(caption)):
             warnings.warn(f'the model was not trained on {", ".join(map(repr, unknown))} in {caption!r} and can only guess')
 
-# %% ../nbs/18_cli.ipynb #92b79772
+# %% ../nbs/18_cli.ipynb #3de44bff
 @dataclass
 class Sample:
     """Turn captions into videos.
@@ -117,7 +118,7 @@ class Sample:
 
     def check(self):
         "What can be known without the model: ValueError or OSError for captions, numbers or files that cannot work."
-        if not self.captions: raise ValueError('no caption: say what to show, as in snapvideo sample "a red apple moving to the right"')
+        if not self.captions: raise ValueError('no caption: say what to show, as in snapvideo sample "a frog moves to the right"')
         if '' in self.captions: raise ValueError('a caption is empty: say what to show')
         at_least(1, steps=self.steps, count=self.count)
         at_least(0, seed=self.seed, guidance=self.guidance, scale=self.scale)
@@ -148,7 +149,7 @@ class Sample:
             save_image(sheet, contact_sheet(list(own)), force=self.force)
             print(sheet)
 
-# %% ../nbs/18_cli.ipynb #3d19d3be
+# %% ../nbs/18_cli.ipynb #7872116f
 def preset_facts(name: str) -> dict:
     """What a preset is and costs: `clip` [T, H, W] in pixels, `sigma_in`, `parameters` (a text encoder that is trained along included, a frozen one not),
     `flop` of one evaluation of one clip, and `state` in bytes, what training keeps besides activations: weights, gradient, two moments and the average in fp32."""
@@ -164,7 +165,7 @@ def preset_facts(name: str) -> dict:
     parameters = sum(p.numel() for p in model.parameters())
     return dict(clip=clip[2:], sigma_in=model.framework.sigma_in, parameters=parameters, flop=counter.get_total_flops(), state=20*parameters)
 
-# %% ../nbs/18_cli.ipynb #6578c616
+# %% ../nbs/18_cli.ipynb #8dfe109e
 @dataclass
 class Presets:
     """List the models that can be trained, with their sizes; or one of them in full, as JSON.
@@ -185,19 +186,22 @@ class Presets:
             print(f"{name:14}{'x'.join(map(str, f['clip'])):>12}{f['sigma_in']:>10.3g}{f['parameters'] / 1e6:>12,.1f}{f['flop'] / 1e9:>10,.1f}"
                   f"{f['state'] / 1e9:>13,.2f}  {config.text.get('name', 'its own')}")
 
-# %% ../nbs/18_cli.ipynb #9e116772
+# %% ../nbs/18_cli.ipynb #df51fbc1
+def literal(text: str):
+    "What a word says as a Python literal (a number, a list, True, None), or the word itself."
+    try: return ast.literal_eval(text)
+    except (ValueError, SyntaxError): return text
+
+# %% ../nbs/18_cli.ipynb #ae0d09c5
 def train_command():
     "The configuration and the function of `snapvideo train`: values of --data-options that read as Python literals become what they say."
     from snapvideo_nb.training import TrainConfig, train
-    def literal(text):
-        try: return ast.literal_eval(text)
-        except (ValueError, SyntaxError): return text
     def run(config):
         config = replace(config, data_options={key: literal(value) for key, value in config.data_options.items()})
         print(train(config))
     return TrainConfig, run
 
-# %% ../nbs/18_cli.ipynb #b4f48b94
+# %% ../nbs/18_cli.ipynb #3466ef2a
 @dataclass
 class ClipOptions:
     name: Annotated[Positional[str], arg(metavar='emoji|film|shapes|FOLDER')] = 'emoji'
@@ -222,7 +226,7 @@ class ClipOptions:
         if not clips: raise ValueError(f'{self.name} holds no clip of {self.frames} frames')
         return clips
 
-# %% ../nbs/18_cli.ipynb #7882a46a
+# %% ../nbs/18_cli.ipynb #672848b8
 @dataclass
 class DataShow(ClipOptions):
     """Look at a data set: print the captions of its first clips and write a contact sheet (png), one row for each clip."""
@@ -242,7 +246,7 @@ class DataShow(ClipOptions):
         for clip in clips: print(f'{clip.fps:g} fps  {clip.caption}')
         print(sheet)
 
-# %% ../nbs/18_cli.ipynb #ec8a5cac
+# %% ../nbs/18_cli.ipynb #5e0957c5
 @dataclass
 class DataMeasure(ClipOptions):
     """Measure how redundant clips are: the input scale sigma_in that they ask for, with its 95 % interval, beside the rule width/64*sqrt(frames).
@@ -261,7 +265,7 @@ class DataMeasure(ClipOptions):
         from snapvideo_nb.diffusion import measure_input_scale
         print(measure_input_scale(clips, self.level))
 
-# %% ../nbs/18_cli.ipynb #ad9b4ec5
+# %% ../nbs/18_cli.ipynb #7dc9b64f
 @dataclass
 class DataEmoji:
     """Make the animated emoji set from its public packages, which npm fetches (165 to 197 MB each).
@@ -287,7 +291,7 @@ class DataEmoji:
         table = build_emoji(self.out, self.downloads, self.size, self.frames, self.packages, force=self.force)
         print(f'{len(table)} subjects in {self.out}')
 
-# %% ../nbs/18_cli.ipynb #534ccfa2
+# %% ../nbs/18_cli.ipynb #1e3e6633
 COMMANDS = {
     'sample': ('turn captions into videos', lambda: (Sample, Sample.run)),
     'train': ('train a model, or go on training it', train_command),
@@ -304,7 +308,7 @@ def overview(group: str = '') -> str:
     return '\n'.join([f'usage: snapvideo {group or "COMMAND"} ... [--debug]', '', *(f'  {name:14}{COMMANDS[name][0]}' for name in names), '',
                       'snapvideo COMMAND --help lists its options, with units and defaults; --debug shows the traceback of an error.'])
 
-# %% ../nbs/18_cli.ipynb #f8b31e7e
+# %% ../nbs/18_cli.ipynb #cd19a28b
 def choose(words: list) -> tuple:
     "(command, its arguments) from the words of a command line; ValueError names the nearest command when there is none."
     for length in (1, 2):
@@ -313,7 +317,7 @@ def choose(words: list) -> tuple:
     near = difflib.get_close_matches(said, COMMANDS, 1)
     raise ValueError(f'no command {said!r}' + (f', perhaps {near[0]!r}?' if near else '') + ' (snapvideo --help)')
 
-# %% ../nbs/18_cli.ipynb #3a31bca7
+# %% ../nbs/18_cli.ipynb #937e36f6
 def main(arguments: list | None = None) -> int:
     "The command `snapvideo`: 0 when all went well, 2 with one line on stderr for a mistake, 130 when interrupted."
     words = list(sys.argv[1:] if arguments is None else arguments)
