@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['COMMANDS', 'one_line', 'parse', 'slug', 'at_least', 'free', 'choose_device', 'warn_unknown', 'Sample', 'preset_facts',
            'Presets', 'literal', 'train_command', 'ClipOptions', 'DataShow', 'DataMeasure', 'DataEmoji', 'overview',
-           'choose', 'main']
+           'choose', 'do', 'main']
 
-# %% ../nbs/18_cli.ipynb #978711f1
+# %% ../nbs/18_cli.ipynb #934d33fc
 import ast, contextlib, difflib, io, json, os, re, sys, traceback, warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +17,7 @@ import tyro
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 from . import __version__
 
-# %% ../nbs/18_cli.ipynb #b2ade9d4
+# %% ../nbs/18_cli.ipynb #0fd425ab
 def one_line(error: Exception) -> str:
     "What a user reads about an error: its message in one line; for an error of the operating system the reason and the file."
     reason = getattr(error, 'strerror', None)
@@ -25,7 +25,7 @@ def one_line(error: Exception) -> str:
         return ': '.join(str(part) for part in (error.filename, reason[:1].lower() + reason[1:]) if part)
     return ' '.join(str(error).split()) or type(error).__name__
 
-# %% ../nbs/18_cli.ipynb #7d70662a
+# %% ../nbs/18_cli.ipynb #7d06bd37
 def parse(config: type, arguments: list, command: str):
     """A `config` (a dataclass, or whatever tyro accepts) filled from the words after `snapvideo command`.
 
@@ -42,14 +42,14 @@ def parse(config: type, arguments: list, command: str):
     told = re.sub(r'^Error parsing [A-Z]\w+: ', '', told)
     raise ValueError(told + (f'; perhaps {close[1]}?' if close else '') + f' (snapvideo {command} --help)')
 
-# %% ../nbs/18_cli.ipynb #3e302c44
+# %% ../nbs/18_cli.ipynb #92482ead
 def slug(caption: str, length: int = 60) -> str:
     "A caption as a file name: lower-case words joined by hyphens, whole words up to `length` characters."
     words = re.findall(r'[^\W_]+', caption.lower())
     while len(words) > 1 and len('-'.join(words)) > length: words.pop()
     return '-'.join(words)[:length] or 'video'
 
-# %% ../nbs/18_cli.ipynb #3b1367ad
+# %% ../nbs/18_cli.ipynb #e338829b
 def at_least(lowest: float, **numbers):
     "ValueError for the first of the named options that is below `lowest`, infinite or not a number."
     for name, number in numbers.items():
@@ -64,7 +64,7 @@ def free(*files: Path, force: bool = False):
         if not folder.is_dir(): raise NotADirectoryError(f'{folder} is a file, so {file} cannot be written')
         if not os.access(folder, os.W_OK | os.X_OK): raise PermissionError(f'{folder} may not be written to: choose another --out')
 
-# %% ../nbs/18_cli.ipynb #fa804d7a
+# %% ../nbs/18_cli.ipynb #1a9222e7
 def choose_device(name: str = ''):
     "The named torch device, or a GPU when there is one, or the CPU; ValueError for a device that is not there."
     import torch
@@ -77,7 +77,7 @@ def warn_unknown(text, captions):
         if unknown := dict.fromkeys(text.unknown_words(caption)):
             warnings.warn(f'the model was not trained on {", ".join(map(repr, unknown))} in {caption!r} and can only guess')
 
-# %% ../nbs/18_cli.ipynb #3de44bff
+# %% ../nbs/18_cli.ipynb #9739837e
 @dataclass
 class Sample:
     """Turn captions into videos.
@@ -149,7 +149,7 @@ class Sample:
             save_image(sheet, contact_sheet(list(own)), force=self.force)
             print(sheet)
 
-# %% ../nbs/18_cli.ipynb #7872116f
+# %% ../nbs/18_cli.ipynb #96aa55cd
 def preset_facts(name: str) -> dict:
     """What a preset is and costs: `clip` [T, H, W] in pixels, `sigma_in`, `parameters` (a text encoder that is trained along included, a frozen one not),
     `flop` of one evaluation of one clip, and `state` in bytes, what training keeps besides activations: weights, gradient, two moments and the average in fp32."""
@@ -165,7 +165,7 @@ def preset_facts(name: str) -> dict:
     parameters = sum(p.numel() for p in model.parameters())
     return dict(clip=clip[2:], sigma_in=model.framework.sigma_in, parameters=parameters, flop=counter.get_total_flops(), state=20*parameters)
 
-# %% ../nbs/18_cli.ipynb #8dfe109e
+# %% ../nbs/18_cli.ipynb #98b62c2d
 @dataclass
 class Presets:
     """List the models that can be trained, with their sizes; or one of them in full, as JSON.
@@ -186,13 +186,13 @@ class Presets:
             print(f"{name:14}{'x'.join(map(str, f['clip'])):>12}{f['sigma_in']:>10.3g}{f['parameters'] / 1e6:>12,.1f}{f['flop'] / 1e9:>10,.1f}"
                   f"{f['state'] / 1e9:>13,.2f}  {config.text.get('name', 'its own')}")
 
-# %% ../nbs/18_cli.ipynb #df51fbc1
+# %% ../nbs/18_cli.ipynb #32c4d73b
 def literal(text: str):
     "What a word says as a Python literal (a number, a list, True, None), or the word itself."
     try: return ast.literal_eval(text)
     except (ValueError, SyntaxError): return text
 
-# %% ../nbs/18_cli.ipynb #ae0d09c5
+# %% ../nbs/18_cli.ipynb #68faac70
 def train_command():
     "The configuration and the function of `snapvideo train`: values of --data-options that read as Python literals become what they say."
     from snapvideo_nb.training import TrainConfig, train
@@ -201,7 +201,7 @@ def train_command():
         print(train(config))
     return TrainConfig, run
 
-# %% ../nbs/18_cli.ipynb #3466ef2a
+# %% ../nbs/18_cli.ipynb #82cafe39
 @dataclass
 class ClipOptions:
     name: Annotated[Positional[str], arg(metavar='emoji|film|shapes|FOLDER')] = 'emoji'
@@ -226,7 +226,7 @@ class ClipOptions:
         if not clips: raise ValueError(f'{self.name} holds no clip of {self.frames} frames')
         return clips
 
-# %% ../nbs/18_cli.ipynb #672848b8
+# %% ../nbs/18_cli.ipynb #aefda03b
 @dataclass
 class DataShow(ClipOptions):
     """Look at a data set: print the captions of its first clips and write a contact sheet (png), one row for each clip."""
@@ -246,7 +246,7 @@ class DataShow(ClipOptions):
         for clip in clips: print(f'{clip.fps:g} fps  {clip.caption}')
         print(sheet)
 
-# %% ../nbs/18_cli.ipynb #5e0957c5
+# %% ../nbs/18_cli.ipynb #6e01ba12
 @dataclass
 class DataMeasure(ClipOptions):
     """Measure how redundant clips are: the input scale sigma_in that they ask for, with its 95 % interval, beside the rule width/64*sqrt(frames).
@@ -265,7 +265,7 @@ class DataMeasure(ClipOptions):
         from snapvideo_nb.diffusion import measure_input_scale
         print(measure_input_scale(clips, self.level))
 
-# %% ../nbs/18_cli.ipynb #7dc9b64f
+# %% ../nbs/18_cli.ipynb #2c0a9984
 @dataclass
 class DataEmoji:
     """Make the animated emoji set from its public packages, which npm fetches (165 to 197 MB each).
@@ -291,7 +291,7 @@ class DataEmoji:
         table = build_emoji(self.out, self.downloads, self.size, self.frames, self.packages, force=self.force)
         print(f'{len(table)} subjects in {self.out}')
 
-# %% ../nbs/18_cli.ipynb #1e3e6633
+# %% ../nbs/18_cli.ipynb #555324a9
 COMMANDS = {
     'sample': ('turn captions into videos', lambda: (Sample, Sample.run)),
     'train': ('train a model, or go on training it', train_command),
@@ -308,7 +308,7 @@ def overview(group: str = '') -> str:
     return '\n'.join([f'usage: snapvideo {group or "COMMAND"} ... [--debug]', '', *(f'  {name:14}{COMMANDS[name][0]}' for name in names), '',
                       'snapvideo COMMAND --help lists its options, with units and defaults; --debug shows the traceback of an error.'])
 
-# %% ../nbs/18_cli.ipynb #cd19a28b
+# %% ../nbs/18_cli.ipynb #7329eb57
 def choose(words: list) -> tuple:
     "(command, its arguments) from the words of a command line; ValueError names the nearest command when there is none."
     for length in (1, 2):
@@ -317,25 +317,29 @@ def choose(words: list) -> tuple:
     near = difflib.get_close_matches(said, COMMANDS, 1)
     raise ValueError(f'no command {said!r}' + (f', perhaps {near[0]!r}?' if near else '') + ' (snapvideo --help)')
 
-# %% ../nbs/18_cli.ipynb #937e36f6
+# %% ../nbs/18_cli.ipynb #60fc0d61
+def do(words: list):
+    "What the words of a command line say; raises whatever goes wrong. Warnings take one line each."
+    if not set(words) - {'-h', '--help', 'data'}: return print(overview('data' * ('data' in words)))
+    if words == ['--version']: return print(__version__)
+    name, options = choose(words)
+    config, run = COMMANDS[name][1]()
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_: print(f'snapvideo: warning: {one_line(message)}', file=sys.stderr)
+        run(parse(config, options, name))
+    sys.stdout.flush()
+
+# %% ../nbs/18_cli.ipynb #cc86c024
 def main(arguments: list | None = None) -> int:
-    "The command `snapvideo`: 0 when all went well, 2 with one line on stderr for a mistake, 130 when interrupted."
+    "The command `snapvideo`, as its exit code: 0 when all went well, 2 after one line on stderr for a mistake, 130 when interrupted, 141 when nobody reads on."
     words = list(sys.argv[1:] if arguments is None else arguments)
-    debug, words = '--debug' in words, [word for word in words if word != '--debug']
-    command = 'snapvideo'
-    try:
-        if not set(words) - {'-h', '--help', 'data'}: return print(overview('data' * ('data' in words))) or 0
-        if words == ['--version']: return print(__version__) or 0
-        name, words = choose(words)
-        command = f'snapvideo {name}'
-        with warnings.catch_warnings():
-            warnings.showwarning = lambda message, *_: print(f'{command}: warning: {one_line(message)}', file=sys.stderr)
-            config, run = COMMANDS[name][1]()
-            run(parse(config, words, name))
-        return 0
+    try: do([word for word in words if word != '--debug'])
     except SystemExit as stop: return stop.code or 0
-    except KeyboardInterrupt: print(f'{command}: interrupted', file=sys.stderr); return 130
+    except KeyboardInterrupt: reason, code = 'interrupted', 130
+    except BrokenPipeError: return os.dup2(os.open(os.devnull, os.O_WRONLY), 1) and 141
     except (ValueError, OSError, FloatingPointError) as error:
-        if debug: traceback.print_exc()
-        print(f'{command}: {one_line(error)}', file=sys.stderr)
-        return 2
+        if '--debug' in words: traceback.print_exc()
+        reason, code = one_line(error), 2
+    else: return 0
+    print(f'snapvideo: {reason}', file=sys.stderr)
+    return code

@@ -42,7 +42,7 @@ def refused(capsys, folder, *words, says):
     before = contents(folder)
     assert main([str(word) for word in words]) == 2
     printed = capsys.readouterr()
-    assert printed.err.count('\n') == 1 and printed.err.startswith('snapvideo') and printed.out == ''
+    assert printed.err.count('\n') == 1 and printed.err.startswith('snapvideo: ') and printed.out == ''
     for part in says: assert str(part) in printed.err
     assert contents(folder) == before
     return printed.err
@@ -215,7 +215,7 @@ def refused_lines(capsys, folder, *words):
     before = contents(folder)
     assert main([str(word) for word in words]) == 2
     told = capsys.readouterr().err
-    assert all(line.startswith('snapvideo') for line in told.splitlines()) and contents(folder) == before
+    assert all(line.startswith('snapvideo: ') for line in told.splitlines()) and contents(folder) == before
     return told
 
 
@@ -247,15 +247,22 @@ def test_help_says_defaults_and_conventions(tmp_path):
 
 def test_a_mistake_in_a_real_process(tmp_path):
     done = run('sample', 'a cat', '--steps', 0, folder=tmp_path)
-    assert (done.returncode, done.stdout, done.stderr) == (2, '', 'snapvideo sample: --steps must be at least 1, not 0\n')
+    assert (done.returncode, done.stdout, done.stderr) == (2, '', 'snapvideo: --steps must be at least 1, not 0\n')
 
 
 def test_no_space_leaves_nothing_half_written(model, tmp_path):
     "Files are limited to 4 kB, as on a full disk: the video does not fit."
     done = run(*sample(model, '--out', 'made', '--scale', 16), folder=tmp_path, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096)))
     assert done.returncode == 2 and 'Traceback' not in done.stderr
-    assert done.stderr.splitlines()[-1].startswith('snapvideo sample: ')
+    assert done.stderr.splitlines()[-1].startswith('snapvideo: ')
     assert [path for path in (tmp_path/'made').iterdir() if path.stat().st_size] == []
+
+
+def test_nobody_reads_on(tmp_path):
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run([*COMMAND, 'presets', 'tiny'], cwd=tmp_path, stdout=write, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (141, '')
 
 
 def test_interrupted(model, tmp_path):
@@ -263,5 +270,5 @@ def test_interrupted(model, tmp_path):
         while 'denoising' not in process.stderr.read(40): assert process.poll() is None
         process.send_signal(signal.SIGINT)
         told = process.stderr.read()
-    assert process.returncode == 130 and told.endswith('snapvideo sample: interrupted\n') and 'Traceback' not in told
+    assert process.returncode == 130 and told.endswith('snapvideo: interrupted\n') and 'Traceback' not in told
     assert list(tmp_path.iterdir()) == []
