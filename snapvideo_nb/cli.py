@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['COMMANDS', 'one_line', 'parse', 'slug', 'at_least', 'free', 'choose_device', 'warn_unknown', 'Sample', 'preset_facts',
-           'Presets', 'literal', 'train_command', 'ClipOptions', 'DataShow', 'DataMeasure', 'DataEmoji', 'overview',
-           'choose', 'do', 'main']
+           'Presets', 'literal', 'option', 'train_command', 'ClipOptions', 'DataShow', 'DataMeasure', 'DataEmoji',
+           'overview', 'choose', 'do', 'main']
 
-# %% ../nbs/18_cli.ipynb #934d33fc
+# %% ../nbs/18_cli.ipynb #99940199
 import ast, contextlib, difflib, io, json, os, re, sys, traceback, warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +17,7 @@ import tyro
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 from . import __version__
 
-# %% ../nbs/18_cli.ipynb #0fd425ab
+# %% ../nbs/18_cli.ipynb #32ddafdd
 def one_line(error: Exception) -> str:
     "What a user reads about an error: its message in one line; for an error of the operating system the reason and the file."
     reason = getattr(error, 'strerror', None)
@@ -25,15 +25,16 @@ def one_line(error: Exception) -> str:
         return ': '.join(str(part) for part in (error.filename, reason[:1].lower() + reason[1:]) if part)
     return ' '.join(str(error).split()) or type(error).__name__
 
-# %% ../nbs/18_cli.ipynb #7d06bd37
-def parse(config: type, arguments: list, command: str):
-    """A `config` (a dataclass, or whatever tyro accepts) filled from the words after `snapvideo command`.
+# %% ../nbs/18_cli.ipynb #796676ab
+def parse(config, arguments: list, command: str):
+    """A `config` (a dataclass, or an instance of one that holds the defaults) filled from the words after `snapvideo command`.
 
     Prints the help and raises SystemExit(0) when asked for it; raises ValueError with one line for a mistake."""
     box = io.StringIO()
+    kind, defaults = (config, {}) if isinstance(config, type) else (type(config), dict(default=config))
     try:
         with contextlib.redirect_stderr(box):
-            return tyro.cli(config, args=arguments, prog=f'snapvideo {command}', config=(FlagCreatePairsOff,))
+            return tyro.cli(kind, args=arguments, prog=f'snapvideo {command}', config=(FlagCreatePairsOff,), **defaults)
     except SystemExit as stop:
         if not stop.code: raise
     text = ' '.join(re.sub('[│╰╯]', ' ', re.sub('╭.*╮', '─' * 5, box.getvalue())).split())
@@ -42,14 +43,14 @@ def parse(config: type, arguments: list, command: str):
     told = re.sub(r'^Error parsing [A-Z]\w+: ', '', told)
     raise ValueError(told + (f'; perhaps {close[1]}?' if close else '') + f' (snapvideo {command} --help)')
 
-# %% ../nbs/18_cli.ipynb #92482ead
+# %% ../nbs/18_cli.ipynb #7c1957cb
 def slug(caption: str, length: int = 60) -> str:
     "A caption as a file name: lower-case words joined by hyphens, whole words up to `length` characters."
     words = re.findall(r'[^\W_]+', caption.lower())
     while len(words) > 1 and len('-'.join(words)) > length: words.pop()
     return '-'.join(words)[:length] or 'video'
 
-# %% ../nbs/18_cli.ipynb #e338829b
+# %% ../nbs/18_cli.ipynb #d0758089
 def at_least(lowest: float, **numbers):
     "ValueError for the first of the named options that is below `lowest`, infinite or not a number."
     for name, number in numbers.items():
@@ -64,7 +65,7 @@ def free(*files: Path, force: bool = False):
         if not folder.is_dir(): raise NotADirectoryError(f'{folder} is a file, so {file} cannot be written')
         if not os.access(folder, os.W_OK | os.X_OK): raise PermissionError(f'{folder} may not be written to: choose another --out')
 
-# %% ../nbs/18_cli.ipynb #1a9222e7
+# %% ../nbs/18_cli.ipynb #8215f2b3
 def choose_device(name: str = ''):
     "The named torch device, or a GPU when there is one, or the CPU; ValueError for a device that is not there."
     import torch
@@ -77,7 +78,7 @@ def warn_unknown(text, captions):
         if unknown := dict.fromkeys(text.unknown_words(caption)):
             warnings.warn(f'the model was not trained on {", ".join(map(repr, unknown))} in {caption!r} and can only guess')
 
-# %% ../nbs/18_cli.ipynb #9739837e
+# %% ../nbs/18_cli.ipynb #464ccf22
 @dataclass
 class Sample:
     """Turn captions into videos.
@@ -146,10 +147,10 @@ class Sample:
             for path, clip in zip(paths, own):
                 write_video(path, clip, fps, force=self.force)
                 print(path)
-            save_image(sheet, contact_sheet(list(own)), force=self.force)
+            save_image(sheet, contact_sheet(list(own), labels=[f'seed {self.seed + k}' for k in range(self.count)]), force=self.force)
             print(sheet)
 
-# %% ../nbs/18_cli.ipynb #96aa55cd
+# %% ../nbs/18_cli.ipynb #db62bc2e
 def preset_facts(name: str) -> dict:
     """What a preset is and costs: `clip` [T, H, W] in pixels, `sigma_in`, `parameters` (a text encoder that is trained along included, a frozen one not),
     `flop` of one evaluation of one clip, and `state` in bytes, what training keeps besides activations: weights, gradient, two moments and the average in fp32."""
@@ -165,7 +166,7 @@ def preset_facts(name: str) -> dict:
     parameters = sum(p.numel() for p in model.parameters())
     return dict(clip=clip[2:], sigma_in=model.framework.sigma_in, parameters=parameters, flop=counter.get_total_flops(), state=20*parameters)
 
-# %% ../nbs/18_cli.ipynb #98b62c2d
+# %% ../nbs/18_cli.ipynb #80631da1
 @dataclass
 class Presets:
     """List the models that can be trained, with their sizes; or one of them in full, as JSON.
@@ -186,22 +187,30 @@ class Presets:
             print(f"{name:14}{'x'.join(map(str, f['clip'])):>12}{f['sigma_in']:>10.3g}{f['parameters'] / 1e6:>12,.1f}{f['flop'] / 1e9:>10,.1f}"
                   f"{f['state'] / 1e9:>13,.2f}  {config.text.get('name', 'its own')}")
 
-# %% ../nbs/18_cli.ipynb #32c4d73b
+# %% ../nbs/18_cli.ipynb #a9fbd3f0
 def literal(text: str):
     "What a word says as a Python literal (a number, a list, True, None), or the word itself."
     try: return ast.literal_eval(text)
     except (ValueError, SyntaxError): return text
 
-# %% ../nbs/18_cli.ipynb #68faac70
-def train_command():
-    "The configuration and the function of `snapvideo train`: values of --data-options that read as Python literals become what they say."
-    from snapvideo_nb.training import TrainConfig, train
-    def run(config):
-        config = replace(config, data_options={key: literal(value) for key, value in config.data_options.items()})
-        print(train(config))
-    return TrainConfig, run
+def option(words: list, name: str, default: str) -> str:
+    "The value that the words give to --name, before they are parsed."
+    words = [part for word in words for part in (word.split('=', 1) if word.startswith('--') else [word])]
+    given = [after for word, after in zip(words, words[1:]) if word == f'--{name}']
+    return (given or [default])[-1]
 
-# %% ../nbs/18_cli.ipynb #82cafe39
+# %% ../nbs/18_cli.ipynb #ae2fb7c4
+def train_command(words: list):
+    """What `snapvideo train` fills, the recipe of its --preset, and what it does then. The recipe's options of the data belong to the recipe's data:
+    they hold unless --data names another set, and --data-options come on top."""
+    from snapvideo_nb.training import recipe, train
+    base = recipe(option(words, 'preset', 'mini'))
+    def run(config):
+        given = {key: literal(value) for key, value in config.data_options.items()}
+        print(train(replace(config, data_options=(base.data_options if config.data == base.data else {}) | given)))
+    return replace(base, data_options={}), run
+
+# %% ../nbs/18_cli.ipynb #4fa2400d
 @dataclass
 class ClipOptions:
     name: Annotated[Positional[str], arg(metavar='emoji|film|shapes|FOLDER')] = 'emoji'
@@ -226,7 +235,7 @@ class ClipOptions:
         if not clips: raise ValueError(f'{self.name} holds no clip of {self.frames} frames')
         return clips
 
-# %% ../nbs/18_cli.ipynb #aefda03b
+# %% ../nbs/18_cli.ipynb #5d163255
 @dataclass
 class DataShow(ClipOptions):
     """Look at a data set: print the captions of its first clips and write a contact sheet (png), one row for each clip."""
@@ -242,11 +251,11 @@ class DataShow(ClipOptions):
         clips = self.clips()
         from snapvideo_nb.video import contact_sheet, save_image
         self.out.mkdir(parents=True, exist_ok=True)
-        save_image(sheet, contact_sheet([clip.frames for clip in clips]), force=self.force)
+        save_image(sheet, contact_sheet(clips, labels=[clip.caption for clip in clips], scale=max(1, 96 // self.width)), force=self.force)
         for clip in clips: print(f'{clip.fps:g} fps  {clip.caption}')
         print(sheet)
 
-# %% ../nbs/18_cli.ipynb #6e01ba12
+# %% ../nbs/18_cli.ipynb #62188817
 @dataclass
 class DataMeasure(ClipOptions):
     """Measure how redundant clips are: the input scale sigma_in that they ask for, with its 95 % interval, beside the rule width/64*sqrt(frames).
@@ -265,7 +274,7 @@ class DataMeasure(ClipOptions):
         from snapvideo_nb.diffusion import measure_input_scale
         print(measure_input_scale(clips, self.level))
 
-# %% ../nbs/18_cli.ipynb #2c0a9984
+# %% ../nbs/18_cli.ipynb #7f0c1fea
 @dataclass
 class DataEmoji:
     """Make the animated emoji set from its public packages, which npm fetches (165 to 197 MB each).
@@ -291,15 +300,15 @@ class DataEmoji:
         table = build_emoji(self.out, self.downloads, self.size, self.frames, self.packages, force=self.force)
         print(f'{len(table)} subjects in {self.out}')
 
-# %% ../nbs/18_cli.ipynb #555324a9
+# %% ../nbs/18_cli.ipynb #1e737598
 COMMANDS = {
-    'sample': ('turn captions into videos', lambda: (Sample, Sample.run)),
+    'sample': ('turn captions into videos', lambda words: (Sample, Sample.run)),
     'train': ('train a model, or go on training it', train_command),
-    'presets': ('list the models that can be trained', lambda: (Presets, Presets.run)),
-    'data show': ('look at a data set', lambda: (DataShow, DataShow.run)),
-    'data measure': ('measure how redundant your own clips are, and the input scale they ask for', lambda: (DataMeasure, DataMeasure.run)),
-    'data emoji': ('make the animated emoji set from its packages', lambda: (DataEmoji, DataEmoji.run)),
-    'data film': ('cut the film into shots, at any size', lambda: (DataFilm, DataFilm.run)),
+    'presets': ('list the models that can be trained', lambda words: (Presets, Presets.run)),
+    'data show': ('look at a data set', lambda words: (DataShow, DataShow.run)),
+    'data measure': ('measure how redundant your own clips are, and the input scale they ask for', lambda words: (DataMeasure, DataMeasure.run)),
+    'data emoji': ('make the animated emoji set from its packages', lambda words: (DataEmoji, DataEmoji.run)),
+    'data film': ('cut the film into shots, at any size', lambda words: (DataFilm, DataFilm.run)),
 }
 
 def overview(group: str = '') -> str:
@@ -308,7 +317,7 @@ def overview(group: str = '') -> str:
     return '\n'.join([f'usage: snapvideo {group or "COMMAND"} ... [--debug]', '', *(f'  {name:14}{COMMANDS[name][0]}' for name in names), '',
                       'snapvideo COMMAND --help lists its options, with units and defaults; --debug shows the traceback of an error.'])
 
-# %% ../nbs/18_cli.ipynb #7329eb57
+# %% ../nbs/18_cli.ipynb #acb6af78
 def choose(words: list) -> tuple:
     "(command, its arguments) from the words of a command line; ValueError names the nearest command when there is none."
     for length in (1, 2):
@@ -317,19 +326,19 @@ def choose(words: list) -> tuple:
     near = difflib.get_close_matches(said, COMMANDS, 1)
     raise ValueError(f'no command {said!r}' + (f', perhaps {near[0]!r}?' if near else '') + ' (snapvideo --help)')
 
-# %% ../nbs/18_cli.ipynb #60fc0d61
+# %% ../nbs/18_cli.ipynb #9ed647ba
 def do(words: list):
     "What the words of a command line say; raises whatever goes wrong. Warnings take one line each."
     if not set(words) - {'-h', '--help', 'data'}: return print(overview('data' * ('data' in words)))
     if words == ['--version']: return print(__version__)
     name, options = choose(words)
-    config, run = COMMANDS[name][1]()
+    config, run = COMMANDS[name][1](options)
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_: print(f'snapvideo: warning: {one_line(message)}', file=sys.stderr)
         run(parse(config, options, name))
     sys.stdout.flush()
 
-# %% ../nbs/18_cli.ipynb #cc86c024
+# %% ../nbs/18_cli.ipynb #a3ffaf34
 def main(arguments: list | None = None) -> int:
     "The command `snapvideo`, as its exit code: 0 when all went well, 2 after one line on stderr for a mistake, 130 when interrupted, 141 when nobody reads on."
     words = list(sys.argv[1:] if arguments is None else arguments)
