@@ -243,7 +243,8 @@ def test_latents_pass_from_each_evaluation_to_the_next():
 @pytest.mark.parametrize('wrong, words', [
     (dict(steps=0), 'at least 1 step, not 0'), (dict(steps=-3), 'not -3'), (dict(prompts=[]), 'at least one caption'),
     (dict(prompts='a snail'), "got 'a snail'"), (dict(seeds=[1, 2]), '1 captions and 2 seeds'), (dict(solver='rk4'), "unknown solver 'rk4'; there are: heun, euler"),
-    (dict(sigma_min=2., sigma_max=1.), 'sigma_min <= sigma_max'), (dict(sigma_min=0.), '0 < sigma_min'), (dict(rho=0.), 'rho > 0'), (dict(micro_batch=0), 'at least 1 clip')], ids=str)
+    (dict(sigma_min=2., sigma_max=1.), 'sigma_min <= sigma_max'), (dict(sigma_min=0.), '0 < sigma_min'), (dict(rho=0.), 'rho > 0'), (dict(micro_batch=0), 'at least 1 clip'),
+    (dict(fps=[8., 8.]), 'each of the 1 clips'), (dict(size=[[9, 16], [9, 16]]), 'each of the 1 clips')], ids=str)
 def test_a_mistake_is_named(model, wrong, words):
     with pytest.raises(ValueError) as error: sample(model, **dict(prompts=CAPTIONS[:1]) | wrong)
     assert words in str(error.value) and '\n' not in str(error.value)
