@@ -35,6 +35,6 @@ setup(
     # The measured results live in data/ and travel inside the package, so that what plots them works without a checkout.
     packages=['snapvideo_nb', 'snapvideo_nb.results'],
     package_dir={'snapvideo_nb.results': 'data/results'},
-    package_data={'snapvideo_nb': ['weights/**/*'], 'snapvideo_nb.results': ['**/*.json']},
+    package_data={'snapvideo_nb': ['weights/**/*', '*.csv'], 'snapvideo_nb.results': ['**/*.json']},
     zip_safe=False,
 )
