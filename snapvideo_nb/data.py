@@ -4,16 +4,17 @@
 
 # %% auto #0
 __all__ = ['MOTIONS', 'SPEEDS', 'COLOURS', 'BACKGROUNDS', 'MINI_SUBJECTS', 'FPS', 'HELD_OUT', 'GRAMMAR', 'travel', 'held_out',
-           'describe', 'article', 'data_folder', 'Scenes', 'Emoji', 'Shapes', 'open_data']
+           'describe', 'article', 'data_folder', 'Scenes', 'Emoji', 'Shapes', 'Folder', 'open_data']
 
-# %% ../nbs/01_data.ipynb #4ffa33b1
-import json, os, zlib
+# %% ../nbs/01_data.ipynb #b185732f
+import glob, inspect, json, os, warnings, zlib
+from dataclasses import replace
 from pathlib import Path
 import numpy as np
 from PIL import Image
-from .video import Clip, area_weights, image_clip, resize
+from .video import Clip, area_weights, image_clip, probe, read_video, resize
 
-# %% ../nbs/01_data.ipynb #efb10c4a
+# %% ../nbs/01_data.ipynb #1ab57a8c
 MOTIONS = ('left', 'right', 'up', 'down', 'up left', 'up right', 'down left', 'down right',
            'bounce', 'orbit', 'zoom in', 'zoom out', 'shake', 'still')
 SPEEDS = ('slowly', 'quickly')
@@ -24,7 +25,7 @@ MINI_SUBJECTS = ('frog', 'pig face', 'panda', 'Christmas tree', 'jack-o-lantern'
                  'beer mug', 'mouth', 'eye', 'honeybee', 'penguin', 'closed umbrella')
 FPS = 8.
 
-# %% ../nbs/01_data.ipynb #7fdb65c5
+# %% ../nbs/01_data.ipynb #6091d051
 def travel(motion: str, speed: str, seconds, phase: float = 0.) -> tuple:
     """Where a subject is and how large, `seconds` from the middle of its clip: (x, y, scale), arrays like `seconds`.
     x and y are offsets in frame widths and heights (y points down), scale multiplies the subject's size."""
@@ -38,13 +39,13 @@ def travel(motion: str, speed: str, seconds, phase: float = 0.) -> tuple:
     x, y = ('right' in motion) - ('left' in motion), ('down' in motion) - ('up' in motion)
     return x * (.16 if slow else .4) * t, y * (.2 if slow else .45) * t, still + 1
 
-# %% ../nbs/01_data.ipynb #272e7fc8
+# %% ../nbs/01_data.ipynb #d6dba526
 def held_out(subject: str, motion: str) -> bool:
     "Whether a (subject, motion) pair is kept from training: one or two of the 14 motions of every subject, by a checksum of its name."
     return (zlib.crc32(subject.encode()) + MOTIONS.index(motion)) % 10 == 0
 HELD_OUT = held_out
 
-# %% ../nbs/01_data.ipynb #35cf204a
+# %% ../nbs/01_data.ipynb #d899b492
 GRAMMAR = {
     'caption':   ['{who} {does} {how} {where}'],
     'image':     ['{who} {where}'],
@@ -69,7 +70,7 @@ GRAMMAR = {
     'film':      ['in a film scene', 'in front of a film scene'],
 }
 
-# %% ../nbs/01_data.ipynb #8e1cf54b
+# %% ../nbs/01_data.ipynb #0d90ca52
 def describe(truth: dict, pick=lambda options: options[0]) -> str:
     "The caption of a program, in the words of `GRAMMAR`; `pick(options)` chooses among synonyms (the first of them, when not given)."
     parts = [truth] + ([truth['second']] if truth.get('second') else [])
@@ -80,7 +81,7 @@ def article(name: str) -> str:
     "A noun with its article: an ant, a unicorn."
     return ('an ' if name[0].lower() in 'aeiou' and not name.lower().startswith(('uni', 'one', 'eu')) else 'a ') + name
 
-# %% ../nbs/01_data.ipynb #ddaca09f
+# %% ../nbs/01_data.ipynb #e46644c0
 def data_folder(name: str) -> Path:
     "Where the data called `name` lies: a checkout's data/, else the user's cache. FileNotFoundError with the command that makes it."
     cache = Path(os.environ.get('XDG_CACHE_HOME') or Path.home()/'.cache')/'snapvideo_nb'
@@ -89,7 +90,7 @@ def data_folder(name: str) -> Path:
         if place.is_dir(): return place
     raise FileNotFoundError(f'no data/{name} in this checkout and none in {cache}; make it with: snapvideo data {name} --out {cache/name}')
 
-# %% ../nbs/01_data.ipynb #d8229bf3
+# %% ../nbs/01_data.ipynb #27d8e945
 class Scenes:
     """Endless captioned clips of sprites in motion: `scenes[j]` is a `Clip`, a pure function of (seed, j), for any j >= 0.
     `sprite(name)` gives an animation [frames, 4, side, side] uint8, alpha premultiplied. A clip plays at FPS / stride;
@@ -104,6 +105,7 @@ class Scenes:
         if not self.motions: raise ValueError(f'no (subject, motion) pair is left in the split {split!r}')
         self.subjects, self.sprite, self.shape, self.split, self.seed = list(self.motions), sprite, (frames, height, width), split, seed
         self.backgrounds, self.pairs, self.images, self.film, self._boxes = tuple(backgrounds), pairs, float(images), film, {}
+        if film is None and 'film' in self.backgrounds: self.film = Folder(data_folder('film'), frames, height, width, stride=(1, 2, 3))
         self.strides = (stride,) if isinstance(stride, int) else tuple(stride)
 
     def program(self, j: int, **fixed) -> dict:
@@ -166,10 +168,15 @@ class Scenes:
     def backdrop(self, truth: dict, i: np.ndarray) -> np.ndarray:
         "The background of frames i, [T or 1, 3, H, W] float."
         frames, height, width = self.shape
-        if truth['background'] == 'film': return self.film_clip(truth)[i].transpose(0, 3, 1, 2).astype(np.float32)
+        if truth['background'] == 'film': return self.film_clip(truth)[i if truth['motion'] else 0*i].transpose(0, 3, 1, 2).astype(np.float32)
         first, last = (np.array(COLOURS[c], np.float32)[:, None, None] for c in (truth['colours'][0], truth['colours'][-1]))
         ramp = (np.arange(width)[None] / (width - 1) if truth['axis'] == 'x' else np.arange(height)[:, None] / (height - 1)).astype(np.float32)
         return np.broadcast_to(first + (last - first) * ramp, (1, 3, height, width))
+
+    def film_clip(self, truth: dict) -> np.ndarray:
+        "The film clip [T, H, W, 3] that plays behind a program's subject: the one that its draw `film` in [0, 1) points to."
+        if not self.film: raise ValueError("a film background needs clips: ask for 'film' among the backgrounds, or give some as film=[...]")
+        return self.film[int(truth['film'] * len(self.film))].frames
 
     def render(self, truth: dict, i: np.ndarray) -> np.ndarray:
         "Draw frames i of a program, [T, H, W, 3] uint8: every subject is averaged over each pixel's area and laid over what is behind it."
@@ -183,7 +190,7 @@ class Scenes:
             picture = picture * (1 - drawn[:, 3:] / 255) + drawn[:, :3]
         return np.broadcast_to(picture, (len(i), *picture.shape[1:])).round().clip(0, 255).astype(np.uint8).transpose(0, 2, 3, 1).copy()
 
-# %% ../nbs/01_data.ipynb #d59dd538
+# %% ../nbs/01_data.ipynb #36fb41af
 class Emoji(Scenes):
     """Animated emoji in motion. `subjects`: None for all that were derived, a list of names, or a number (that many of MINI_SUBJECTS).
     `folder`: where the sprites lie (data/emoji). Everything else as in `Scenes`."""
@@ -205,7 +212,7 @@ class Emoji(Scenes):
             self.sprites[name] = np.ascontiguousarray(resize(sprite, side, side).transpose(0, 3, 1, 2))
         return self.sprites[name]
 
-# %% ../nbs/01_data.ipynb #fd029192
+# %% ../nbs/01_data.ipynb #d1c50a8e
 class Shapes(Scenes):
     "Coloured discs, squares, triangles, rings and crosses in motion, drawn without any file: for tests and first experiments."
     def __init__(self, frames=16, height=18, width=32, split='train', seed=0, subjects=None, **options):
@@ -222,8 +229,137 @@ class Shapes(Scenes):
         inside = dict(disc=r < .95, square=np.maximum(abs(x), abs(y)) < .8, triangle=(y < .8) & (abs(x) < (y + .9) / 1.8), ring=(r < .95) & (r > .5), cross=cross)[shape]
         return (np.array([*rgb, 255])[:, None, None] * inside).astype(np.uint8)[None]
 
-# %% ../nbs/01_data.ipynb #3a4da98c
+# %% ../nbs/01_data.ipynb #4533e6a9
+MEDIA = set('.mp4 .m4v .mov .mkv .webm .avi .gif .mpg .mpeg .wmv .flv .ogv .ts .png .jpg .jpeg .webp .bmp .tif .tiff .ppm'.split())
+
+def local_table(path: Path) -> tuple:
+    "What lies in a folder or file as a table, and the videos and images that lie there."
+    import datasets
+    below = lambda p: p.is_file() and not any(part.startswith('.') for part in p.relative_to(path).parts)
+    files = [path] if path.is_file() else sorted(filter(below, path.rglob('*')))
+    media = [p for p in files if p.suffix.lower() in MEDIA]
+    listed = [glob.escape(str(p)) for p in files if p.name in ('metadata.csv', 'metadata.jsonl', 'metadata.parquet')]
+    tables = [glob.escape(str(p)) for p in files if p.suffix == '.parquet']
+    if (path/'state.json').exists(): return datasets.load_from_disk(str(path)), []
+    if listed: return datasets.load_dataset('videofolder', data_files=dict(train=listed), split='train'), media
+    if media: return datasets.Dataset.from_dict(dict(video=list(map(str, media)))), media
+    if tables: return datasets.load_dataset('parquet', data_files=dict(train=tables), split='train'), []
+    raise ValueError('there is no video, image, parquet or metadata file in it')
+
+def open_table(name: str, split: str) -> tuple:
+    "`local_table` of a path that exists, else a split of a data set of the hub. ValueError or FileNotFoundError, in one line, when it cannot be."
+    import datasets
+    path, quiet = Path(name).expanduser(), datasets.are_progress_bars_disabled()
+    if not path.exists() and (name.count('/') != 1 or name[0] in './~'):
+        raise FileNotFoundError(f'{name}: no such folder, file or data set; there are emoji, shapes, film, your own folders, and owner/name on the hub')
+    datasets.disable_progress_bars()
+    try: return local_table(path) if path.exists() else (datasets.load_dataset(name, split=split), [])
+    except Exception as error:
+        reason = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
+        raise ValueError(f'{name}: {"cannot be used" if path.exists() else "no folder here, and not to be had from the hub"}: {reason[0]}') from None
+    finally:
+        if not quiet: datasets.enable_progress_bars()
+
+def pick_column(name: str, features: dict, wanted: str | None, usual: str, kinds: tuple = ()) -> str | None:
+    "The column that is wanted, else the first of one of the kinds, else the first with a usual name. ValueError when the wanted one is missing."
+    if wanted and wanted not in features: raise ValueError(f'{name}: no column {wanted!r}; there are {", ".join(features)}')
+    typed = [c for kind in kinds for c in features if type(features[c]).__name__ == kind]
+    return wanted or next(iter(typed + [c for c in usual.split() if c in features]), None)
+
+# %% ../nbs/01_data.ipynb #eefc68cd
+class Folder:
+    """A list of captioned clips made from files: a folder of videos and images (captions in metadata.csv), parquet, a saved data set, or `owner/name` on the hub.
+
+    `stride`: take every n-th frame, so that a clip's rate is its file's divided by n; of several strides each clip gets one that fits, chosen by (seed, file name, place).
+    `windows`: 'all' cuts a video into clips that follow one another, 'one' takes one from anywhere in it. An image is a video of infinite frame rate. Other shapes are
+    cropped at the centre and averaged over areas. `caption` and `video` name columns (else the usual names). `captions` has one for each clip, without decoding.
+    Each file that cannot be used, or not as it is, gives one line, as a warning and in `notes`; the last line counts them. ValueError when nothing can be used."""
+    def __init__(self, name: str | Path, frames: int = 16, height: int = 36, width: int = 64, stride=1, windows: str = 'all', caption: str | None = None,
+                 video: str | None = None, split: str = 'train', seed: int = 0):
+        self.name, self.shape, self.windows, self.seed, self.strides = str(name), (frames, height, width), windows, seed, (stride,) if isinstance(stride, int) else tuple(stride)
+        if min(*self.shape, *self.strides) < 1: raise ValueError(f'frames, height, width and stride must be at least 1, not {frames}, {height}, {width} and {stride}')
+        if windows not in ('all', 'one'): raise ValueError(f"windows must be 'all' or 'one', not {windows!r}")
+        self.notes, self.failed, self.items, self.captions = [], set(), [], []
+        table, media = open_table(self.name, split)
+        self.column = pick_column(self.name, table.features, video, 'video mp4 image file_name path', ('Video', 'Image'))
+        if self.column is None: raise ValueError(f'{name}: no column of videos or images; there are {", ".join(table.column_names)}')
+        self.read_table(table, pick_column(self.name, table.features, caption, 'caption text title prompt label'), media)
+
+    def read_table(self, table, column: str | None, media: list):
+        "Look at every row's file once: fill `items` with (row, start, stride), stride 0 for an image, `captions`, and `notes`."
+        import datasets
+        self.table, used, listed = table.cast_column(self.column, datasets.Video(decode=False)), 0, set()
+        words = self.words(column)
+        for k in range(len(self.table)):
+            file, name = self.file(k)
+            listed.add(os.path.realpath(name))
+            if clips := self.cut(k, file, name):
+                if column and not words[k]: self.note(name, 'no caption', 'used without')
+                self.items, self.captions, used = self.items + clips, self.captions + [words[k]] * len(clips), used + 1
+        for path in media:
+            if os.path.realpath(path) not in listed: self.note(path, 'no row in the metadata', 'left out')
+        if not self.items: raise ValueError(f'{self.name}: no clip of {self.shape[0]} frames in it ({"; ".join(self.notes[:3]) or "it has no rows"})')
+        if column is None: self.note(self.name, 'no captions', 'used without')
+        out = sum(line.endswith('; left out') for line in self.notes)
+        if self.notes: self.note(self.name, f'{len(self)} clip{"s" * (len(self) > 1)} from {used} of {used + out} files', f'{out} left out, {len(self.notes) - out} remarks on the others')
+
+    def note(self, name, what: str, fate: str):
+        "Keep a line about something that is not as it should be, and warn with it."
+        self.notes.append(f'{name}: {what}; {fate}')
+        warnings.warn(self.notes[-1], stacklevel=2)
+
+    def words(self, column: str | None) -> list:
+        "The caption of every row, '' where there is none; class numbers by their names."
+        if column is None: return [''] * len(self.table)
+        text = getattr(self.table.features[column], 'int2str', str)
+        values = (v[0] if isinstance(v, list) and v else v for v in self.table[column])
+        return ['' if v is None or v != v else ' '.join(text(v).split()) for v in values]
+
+    def file(self, k: int) -> tuple:
+        "Row k's file, a path or bytes, and what to call it."
+        row = self.table[k][self.column] or {}
+        path = row.get('path') or ''
+        if path and not os.path.exists(path) and (beside := Path(self.name)/path).exists(): path = str(beside)
+        return row.get('bytes') or path, path or f'{self.name} row {k}'
+
+    def cut(self, k: int, file, name: str) -> list:
+        "The clips of a file."
+        (frames, height, width), start, clips = self.shape, 0, []
+        chance = np.random.default_rng([self.seed, zlib.crc32(Path(name).name.encode())])
+        try: count, rate, (h, w) = probe(file, name)
+        except (ValueError, FileNotFoundError) as error: return self.note(name, str(error).removeprefix(f'{name}: '), 'left out')
+        if (least := (frames - 1) * min(self.strides) + 1) > count and rate < float('inf'): return self.note(name, f'too short, {count} of {least} frames', 'left out')
+        scale = min(h / height, w / width)
+        if scale < 1 or scale**2 * height * width < .9 * h * w: self.note(name, f'{h}x{w} pixels', 'enlarged' if scale < 1 else f'cropped to the shape of {height}x{width}')
+        if rate == float('inf'): return [(k, 0, 0)]
+        while fit := [s for s in self.strides if start + (frames - 1) * s < count]:
+            s = fit[chance.integers(len(fit))]
+            if self.windows == 'one': return [(k, int(chance.integers(count - (frames - 1) * s)), s)]
+            clips.append((k, start, s))
+            start += frames * s
+        return clips
+
+    def __len__(self): return len(self.items)
+
+    def __getitem__(self, j: int) -> Clip:
+        "Clip j. Where a file proves broken only now, a warning names it, and the next clip that can be read stands in."
+        if not -len(self) <= j < len(self): raise IndexError(f'{self.name} has {len(self)} clips and no clip {j}')
+        for place in ((j + n) % len(self) for n in range(len(self))):
+            (k, start, stride), (frames, *size) = self.items[place], self.shape
+            file, name = self.file(k)
+            try: clip = read_video(file, frames if stride else 1, start, stride or 1, size, name)
+            except (ValueError, FileNotFoundError) as error:
+                if k not in self.failed: self.note(name, str(error).removeprefix(f'{name}: '), 'the next clip stands in')
+                self.failed.add(k)
+            else: return replace(clip if stride else image_clip(clip.frames[0], frames, size=clip.size, source=clip.source), caption=self.captions[place])
+        raise ValueError(f'{self.name}: none of its files can be read any more')
+
+# %% ../nbs/01_data.ipynb #6338f969
 def open_data(name: str, frames: int = 16, height: int = 18, width: int = 32, **options):
-    "A data set by name: 'emoji', 'shapes', 'film', or a folder or hub name for `Folder`."
-    sets = dict(emoji=Emoji, shapes=Shapes)
-    return sets[name](frames, height, width, **options)
+    """A data set by name: 'emoji', 'shapes', 'film', or what `Folder` takes: a path, or owner/name on the hub. `options` are those of `Emoji`, `Shapes` or `Folder`.
+
+    ValueError for an option that the set does not have; FileNotFoundError for data that are not there, with what to do."""
+    kind = dict(emoji=Emoji, shapes=Shapes).get(name, Folder)
+    known = [p for c in (kind, *kind.__bases__) if c is not object for p in inspect.signature(c).parameters if p not in ('name', 'sprite', 'options')]
+    if unknown := [o for o in options if o not in known]: raise ValueError(f'{name} has no option {unknown[0]!r}; there are {", ".join(dict.fromkeys(known))}')
+    return kind(*[data_folder('film') if name == 'film' else name] * (kind is Folder), frames, height, width, **options)
