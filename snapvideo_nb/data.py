@@ -6,7 +6,7 @@
 __all__ = ['MOTIONS', 'SPEEDS', 'COLOURS', 'BACKGROUNDS', 'MINI_SUBJECTS', 'FPS', 'HELD_OUT', 'GRAMMAR', 'travel', 'held_out',
            'describe', 'article', 'data_folder', 'Scenes', 'Emoji', 'Shapes', 'Folder', 'open_data']
 
-# %% ../nbs/01_data.ipynb #b185732f
+# %% ../nbs/01_data.ipynb #9076b9ca
 import glob, inspect, json, os, warnings, zlib
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 from .video import Clip, area_weights, image_clip, probe, read_video, resize
 
-# %% ../nbs/01_data.ipynb #1ab57a8c
+# %% ../nbs/01_data.ipynb #e3b8e094
 MOTIONS = ('left', 'right', 'up', 'down', 'up left', 'up right', 'down left', 'down right',
            'bounce', 'orbit', 'zoom in', 'zoom out', 'shake', 'still')
 SPEEDS = ('slowly', 'quickly')
@@ -25,7 +25,7 @@ MINI_SUBJECTS = ('frog', 'pig face', 'panda', 'Christmas tree', 'jack-o-lantern'
                  'beer mug', 'mouth', 'eye', 'honeybee', 'penguin', 'closed umbrella')
 FPS = 8.
 
-# %% ../nbs/01_data.ipynb #6091d051
+# %% ../nbs/01_data.ipynb #d4ed5f5e
 def travel(motion: str, speed: str, seconds, phase: float = 0.) -> tuple:
     """Where a subject is and how large, `seconds` from the middle of its clip: (x, y, scale), arrays like `seconds`.
     x and y are offsets in frame widths and heights (y points down), scale multiplies the subject's size."""
@@ -39,13 +39,13 @@ def travel(motion: str, speed: str, seconds, phase: float = 0.) -> tuple:
     x, y = ('right' in motion) - ('left' in motion), ('down' in motion) - ('up' in motion)
     return x * (.16 if slow else .4) * t, y * (.2 if slow else .45) * t, still + 1
 
-# %% ../nbs/01_data.ipynb #d6dba526
+# %% ../nbs/01_data.ipynb #3c8420eb
 def held_out(subject: str, motion: str) -> bool:
     "Whether a (subject, motion) pair is kept from training: one or two of the 14 motions of every subject, by a checksum of its name."
     return (zlib.crc32(subject.encode()) + MOTIONS.index(motion)) % 10 == 0
 HELD_OUT = held_out
 
-# %% ../nbs/01_data.ipynb #d899b492
+# %% ../nbs/01_data.ipynb #10dd5c4f
 GRAMMAR = {
     'caption':   ['{who} {does} {how} {where}'],
     'image':     ['{who} {where}'],
@@ -70,7 +70,7 @@ GRAMMAR = {
     'film':      ['in a film scene', 'in front of a film scene'],
 }
 
-# %% ../nbs/01_data.ipynb #0d90ca52
+# %% ../nbs/01_data.ipynb #ecff2db9
 def describe(truth: dict, pick=lambda options: options[0]) -> str:
     "The caption of a program, in the words of `GRAMMAR`; `pick(options)` chooses among synonyms (the first of them, when not given)."
     parts = [truth] + ([truth['second']] if truth.get('second') else [])
@@ -81,7 +81,7 @@ def article(name: str) -> str:
     "A noun with its article: an ant, a unicorn."
     return ('an ' if name[0].lower() in 'aeiou' and not name.lower().startswith(('uni', 'one', 'eu')) else 'a ') + name
 
-# %% ../nbs/01_data.ipynb #e46644c0
+# %% ../nbs/01_data.ipynb #e0de9401
 def data_folder(name: str) -> Path:
     "Where the data called `name` lies: a checkout's data/, else the user's cache. FileNotFoundError with the command that makes it."
     cache = Path(os.environ.get('XDG_CACHE_HOME') or Path.home()/'.cache')/'snapvideo_nb'
@@ -90,7 +90,7 @@ def data_folder(name: str) -> Path:
         if place.is_dir(): return place
     raise FileNotFoundError(f'no data/{name} in this checkout and none in {cache}; make it with: snapvideo data {name} --out {cache/name}')
 
-# %% ../nbs/01_data.ipynb #27d8e945
+# %% ../nbs/01_data.ipynb #89f38c3c
 class Scenes:
     """Endless captioned clips of sprites in motion: `scenes[j]` is a `Clip`, a pure function of (seed, j), for any j >= 0.
     `sprite(name)` gives an animation [frames, 4, side, side] uint8, alpha premultiplied. A clip plays at FPS / stride;
@@ -190,7 +190,7 @@ class Scenes:
             picture = picture * (1 - drawn[:, 3:] / 255) + drawn[:, :3]
         return np.broadcast_to(picture, (len(i), *picture.shape[1:])).round().clip(0, 255).astype(np.uint8).transpose(0, 2, 3, 1).copy()
 
-# %% ../nbs/01_data.ipynb #36fb41af
+# %% ../nbs/01_data.ipynb #a6a8bf66
 class Emoji(Scenes):
     """Animated emoji in motion. `subjects`: None for all that were derived, a list of names, or a number (that many of MINI_SUBJECTS).
     `folder`: where the sprites lie (data/emoji). Everything else as in `Scenes`."""
@@ -212,7 +212,7 @@ class Emoji(Scenes):
             self.sprites[name] = np.ascontiguousarray(resize(sprite, side, side).transpose(0, 3, 1, 2))
         return self.sprites[name]
 
-# %% ../nbs/01_data.ipynb #d1c50a8e
+# %% ../nbs/01_data.ipynb #d7ef271d
 class Shapes(Scenes):
     "Coloured discs, squares, triangles, rings and crosses in motion, drawn without any file: for tests and first experiments."
     def __init__(self, frames=16, height=18, width=32, split='train', seed=0, subjects=None, **options):
@@ -229,7 +229,7 @@ class Shapes(Scenes):
         inside = dict(disc=r < .95, square=np.maximum(abs(x), abs(y)) < .8, triangle=(y < .8) & (abs(x) < (y + .9) / 1.8), ring=(r < .95) & (r > .5), cross=cross)[shape]
         return (np.array([*rgb, 255])[:, None, None] * inside).astype(np.uint8)[None]
 
-# %% ../nbs/01_data.ipynb #4533e6a9
+# %% ../nbs/01_data.ipynb #9b01089d
 MEDIA = set('.mp4 .m4v .mov .mkv .webm .avi .gif .mpg .mpeg .wmv .flv .ogv .ts .png .jpg .jpeg .webp .bmp .tif .tiff .ppm'.split())
 
 def local_table(path: Path) -> tuple:
@@ -266,7 +266,7 @@ def pick_column(name: str, features: dict, wanted: str | None, usual: str, kinds
     typed = [c for kind in kinds for c in features if type(features[c]).__name__ == kind]
     return wanted or next(iter(typed + [c for c in usual.split() if c in features]), None)
 
-# %% ../nbs/01_data.ipynb #eefc68cd
+# %% ../nbs/01_data.ipynb #b0b337c8
 class Folder:
     """A list of captioned clips made from files: a folder of videos and images (captions in metadata.csv), parquet, a saved data set, or `owner/name` on the hub.
 
@@ -288,8 +288,10 @@ class Folder:
     def read_table(self, table, column: str | None, media: list):
         "Look at every row's file once: fill `items` with (row, start, stride), stride 0 for an image, `captions`, and `notes`."
         import datasets
-        self.table, used, listed = table.cast_column(self.column, datasets.Video(decode=False)), 0, set()
-        words = self.words(column)
+        words, table, used, listed = self.words(table, column), table.select_columns(self.column), 0, set()
+        if getattr(table.features[self.column], 'dtype', '') == 'large_string': table = datasets.Dataset.from_dict({self.column: list(table[self.column])})
+        try: self.table = table.cast_column(self.column, datasets.Video(decode=False))
+        except Exception: raise ValueError(f'{self.name}: the column {self.column!r} holds no videos or images, nor paths or bytes of them') from None
         for k in range(len(self.table)):
             file, name = self.file(k)
             listed.add(os.path.realpath(name))
@@ -305,14 +307,14 @@ class Folder:
 
     def note(self, name, what: str, fate: str):
         "Keep a line about something that is not as it should be, and warn with it."
-        self.notes.append(f'{name}: {what}; {fate}')
+        self.notes.append(f'{name}: {what}; {fate}'.replace('\n', ' '))
         warnings.warn(self.notes[-1], stacklevel=2)
 
-    def words(self, column: str | None) -> list:
+    def words(self, table, column: str | None) -> list:
         "The caption of every row, '' where there is none; class numbers by their names."
-        if column is None: return [''] * len(self.table)
-        text = getattr(self.table.features[column], 'int2str', str)
-        values = (v[0] if isinstance(v, list) and v else v for v in self.table[column])
+        if column is None: return [''] * len(table)
+        text = getattr(table.features[column], 'int2str', str)
+        values = (v[0] if isinstance(v, list) and v else v for v in table[column])
         return ['' if v is None or v != v else ' '.join(text(v).split()) for v in values]
 
     def file(self, k: int) -> tuple:
@@ -354,7 +356,7 @@ class Folder:
             else: return replace(clip if stride else image_clip(clip.frames[0], frames, size=clip.size, source=clip.source), caption=self.captions[place])
         raise ValueError(f'{self.name}: none of its files can be read any more')
 
-# %% ../nbs/01_data.ipynb #6338f969
+# %% ../nbs/01_data.ipynb #9ff87aa7
 def open_data(name: str, frames: int = 16, height: int = 18, width: int = 32, **options):
     """A data set by name: 'emoji', 'shapes', 'film', or what `Folder` takes: a path, or owner/name on the hub. `options` are those of `Emoji`, `Shapes` or `Folder`.
 
