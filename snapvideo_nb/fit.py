@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FITConfig', 'pad_crop', 'patchify', 'unpatchify', 'sinusoids', 'FITBlock', 'FIT']
 
-# %% ../nbs/06_fit.ipynb #2fb9fa4f
+# %% ../nbs/06_fit.ipynb #51f52b69
 import math
 from dataclasses import dataclass
 import torch
@@ -15,7 +15,7 @@ from einops import rearrange
 from jaxtyping import Float
 from .blocks import Attention, ConditionTokens, Conditions, FeedForward, SelfAttentionLayer
 
-# %% ../nbs/06_fit.ipynb #33ec4c4e
+# %% ../nbs/06_fit.ipynb #c4ca2e7a
 @dataclass(frozen=True)
 class FITConfig:
     """The sizes of a FIT (paper Table 8; the defaults are FIT 500M). Triples are (time, height, width).
@@ -57,27 +57,27 @@ class FITConfig:
         "Groups along time, height and width."
         return tuple(n//g for n, g in zip(self.grid, self.group))
 
-# %% ../nbs/06_fit.ipynb #81cc4501
+# %% ../nbs/06_fit.ipynb #8bdda51e
 def pad_crop(video: Float[Tensor, 'b c t h w'], size) -> Float[Tensor, 'b c t H W']:
     "Zeros added evenly around a video, or cut off again, until its last three axes have `size`."
     before = [int((n - m)/2) for n, m in zip(size, video.shape[-3:])]
     pads = [(b, n - m - b) for b, n, m in zip(before, size, video.shape[-3:])]
     return F.pad(video, [p for pair in reversed(pads) for p in pair])
 
-# %% ../nbs/06_fit.ipynb #c2a00938
+# %% ../nbs/06_fit.ipynb #d32adc71
 def patchify(video: Float[Tensor, 'b c t h w'], patch, group) -> Float[Tensor, 'b g n d']:
     "A video cut into groups of patches: [b, groups, patches in a group, channels x pixels of a patch]."
     (pt, ph, pw), (gt, gh, gw) = patch, group
     return rearrange(video, 'b c (a gt pt) (e gh ph) (f gw pw) -> b (a e f) (gt gh gw) (c pt ph pw)', gt=gt, gh=gh, gw=gw, pt=pt, ph=ph, pw=pw)
 
-# %% ../nbs/06_fit.ipynb #c062711e
+# %% ../nbs/06_fit.ipynb #ba0249ae
 def unpatchify(patches: Float[Tensor, 'b g n d'], patch, group, groups) -> Float[Tensor, 'b c t h w']:
     "The inverse of `patchify`; `groups` says how many there are along time, height and width."
     (pt, ph, pw), (gt, gh, gw), (a, e, f) = patch, group, groups
     return rearrange(patches, 'b (a e f) (gt gh gw) (c pt ph pw) -> b c (a gt pt) (e gh ph) (f gw pw)',
                      a=a, e=e, f=f, gt=gt, gh=gh, gw=gw, pt=pt, ph=ph, pw=pw)
 
-# %% ../nbs/06_fit.ipynb #9650f700
+# %% ../nbs/06_fit.ipynb #bc593362
 def sinusoids(grid: tuple[int, int, int], width: int) -> Float[Tensor, 't h w d']:
     "Positions on a (time, height, width) grid as sines and cosines of unit mean square: a third of the channels for each axis."
     parts = []
@@ -89,7 +89,7 @@ def sinusoids(grid: tuple[int, int, int], width: int) -> Float[Tensor, 't h w d'
         parts.append(wave.reshape([n if a == axis else 1 for a in range(3)] + [-1]).expand(*grid, -1))
     return torch.cat(parts, -1)
 
-# %% ../nbs/06_fit.ipynb #dd17a71e
+# %% ../nbs/06_fit.ipynb #a58f1470
 class FITBlock(nn.Module):
     """Conditions, read, compute, write (paper Fig. 3): latents read the conditioning tokens, then each group of latents reads its
     group of patches, all latents talk to each other, and each group of patches reads its latents back. A feed-forward follows each."""
@@ -114,7 +114,7 @@ class FITBlock(nn.Module):
         patches = patches + self.write_ff(patches)
         return patches.unflatten(0, (b, g)), latents
 
-# %% ../nbs/06_fit.ipynb #24cb09aa
+# %% ../nbs/06_fit.ipynb #afbbc26c
 class FIT(nn.Module):
     """Far-reaching Interleaved Transformer: F(c_in x, c_noise, conditions, latents) -> (F [b, 3, t, h, w], latents [b, m, l]).
 
