@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['wilson', 'backdrops', 'name_background', 'subject_mask', 'border_noise', 'track', 'score_captions', 'CaptionJudge']
 
-# %% ../nbs/13_metrics.ipynb #df156669
+# %% ../nbs/13_metrics.ipynb #2e874ee7
 import hashlib, itertools, json, math, os, uuid
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -16,14 +16,14 @@ from torch import Tensor, nn
 from .data import COLOURS, MINI_SUBJECTS, MOTIONS, SPEEDS, Emoji, held_out
 from .video import to_frames, to_tensor
 
-# %% ../nbs/13_metrics.ipynb #bf3be605
+# %% ../nbs/13_metrics.ipynb #7e6f4f7e
 def wilson(right: int, count: int, z: float = 1.96) -> tuple[float, float]:
     "The interval of true shares that are compatible with `right` out of `count`, at 95 % for z = 1.96; (0, 1) when nothing was counted."
     if not 0 <= right <= count: raise ValueError(f'{right} right out of {count} is not a share')
     middle, spread = right + z * z / 2, z * math.sqrt(right * (count - right) / count + z * z / 4) if count else z * z / 2
     return max(0., (middle - spread) / (count + z * z)), min(1., (middle + spread) / (count + z * z))
 
-# %% ../nbs/13_metrics.ipynb #2b2606ad
+# %% ../nbs/13_metrics.ipynb #2616f5a3
 @lru_cache
 def backdrops(height: int, width: int) -> tuple[list, Float[Tensor, '190 3 h w']]:
     "Every background that a caption can name: its colours (one, or two for a gradient) and its picture in [-1, 1]."
@@ -33,14 +33,14 @@ def backdrops(height: int, width: int) -> tuple[list, Float[Tensor, '190 3 h w']
     across, down = torch.linspace(0, 1, width).expand(height, width), torch.linspace(0, 1, height)[:, None].expand(height, width)
     return names, first + (last - first) * torch.stack([across] * 100 + [down] * 90)[:, None]
 
-# %% ../nbs/13_metrics.ipynb #afc8edcd
+# %% ../nbs/13_metrics.ipynb #4ca5761a
 def _ring(height, width):
     "True at the border pixels: a ninth of the height on every side."
     edge, ring = max(1, round(height / 9)), torch.ones(height, width, dtype=torch.bool)
     ring[edge:-edge, edge:-edge] = False
     return ring
 
-# %% ../nbs/13_metrics.ipynb #9863da01
+# %% ../nbs/13_metrics.ipynb #406c96a3
 def name_background(video: Float[Tensor, 'b 3 t h w']) -> tuple[list, Float[Tensor, 'b 3 h w']]:
     "The colours of the background that each clip's border fits best, and its picture."
     names, pictures = backdrops(*video.shape[-2:])
@@ -49,7 +49,7 @@ def name_background(video: Float[Tensor, 'b 3 t h w']) -> tuple[list, Float[Tens
     best = torch.stack([(seen - pictures[..., ring]).abs().mean(1).clamp(max=.4).mean(1).argmin() for seen in border])
     return [names[i] for i in best], pictures[best]
 
-# %% ../nbs/13_metrics.ipynb #ab443940
+# %% ../nbs/13_metrics.ipynb #9e6a1799
 def subject_mask(video: Float[Tensor, 'b 3 t h w'], per_noise: float = 2.5) -> Float[Tensor, 'b t h w']:
     """How surely each pixel belongs to the subject, in [0, 1], for a plain or gradient background.
 
@@ -62,13 +62,13 @@ def subject_mask(video: Float[Tensor, 'b 3 t h w'], per_noise: float = 2.5) -> F
     noise = distance[..., _ring(h, w)].flatten(1).median(1).values
     return ((distance - .1 - per_noise * noise[:, None, None, None]) / .2).clamp(0, 1)
 
-# %% ../nbs/13_metrics.ipynb #e7e4d39e
+# %% ../nbs/13_metrics.ipynb #484e90a8
 def border_noise(video: Float[Tensor, 'b 3 t h w']) -> Float[Tensor, 'b']:
     "Standard deviation of each clip's noise as seen at its border, in units of [-1, 1]; 0 for clips that were drawn and not generated."
     difference = video - name_background(video)[1][:, :, None]
     return difference.square().mean(1).sqrt()[..., _ring(*video.shape[-2:])].flatten(1).median(1).values / .888
 
-# %% ../nbs/13_metrics.ipynb #91a91f4d
+# %% ../nbs/13_metrics.ipynb #095de1a1
 def track(video: Float[Tensor, 'b 3 t h w']) -> Float[Tensor, 'b 3 t']:
     "Centre x and y of the subject's mask, in frame widths and heights, and the square root of its share of the frame, for every frame."
     mask = subject_mask(video)
@@ -76,7 +76,7 @@ def track(video: Float[Tensor, 'b 3 t h w']) -> Float[Tensor, 'b 3 t']:
     x, y = (mask.sum(2) @ ((torch.arange(w) + .5) / w)), (mask.sum(3) @ ((torch.arange(h) + .5) / h))
     return torch.stack([x / mass, y / mass, (mass / (h * w)).sqrt()], 1)
 
-# %% ../nbs/13_metrics.ipynb #7afd1414
+# %% ../nbs/13_metrics.ipynb #d3ed63cf
 class _MotionNet(nn.Sequential):
     "A track [b, 3, t] to logits of (motion, speed): the track itself, without its mean, and its steps."
     def __init__(self, frames, classes): super().__init__(nn.Linear(9 * frames - 3, 192), nn.GELU(), nn.Linear(192, 128), nn.GELU(), nn.Linear(128, classes))
@@ -96,7 +96,7 @@ def _fit(network, batches, rate):
         x, y = make()
         optimizer.zero_grad(); F.cross_entropy(network(x), y).backward(); optimizer.step(); schedule.step()
 
-# %% ../nbs/13_metrics.ipynb #3142d11c
+# %% ../nbs/13_metrics.ipynb #8abf2987
 def _shrink(video, rows=36):
     "At most `rows` rows, averaged over areas."
     b, _, t, h, w = video.shape
@@ -118,7 +118,7 @@ def _teach(judge, data, clips, motion_steps, subject_steps):
         return video[i, :, torch.randint(frames, (64,))], who[i]
     _fit(judge.motion, [motions] * motion_steps, 2e-3); _fit(judge.subject, [pictures] * subject_steps, 3e-3)
 
-# %% ../nbs/13_metrics.ipynb #99b9f1bb
+# %% ../nbs/13_metrics.ipynb #c9084309
 def score_captions(said: list[dict], truths: list[dict], subjects: int) -> dict:
     """Right answers, counts, shares, 95 % Wilson intervals and chance for background, motion, speed (of what moves), subject, and all of them ('caption').
 
@@ -130,7 +130,7 @@ def score_captions(said: list[dict], truths: list[dict], subjects: int) -> dict:
     return {key: dict(right=sum(r), count=len(r), accuracy=round(sum(r) / len(r), 4) if r else None, interval=[round(p, 4) for p in wilson(sum(r), len(r))],
                       chance=float(f'{chance[key]:.2g}')) for key, r in right.items()}
 
-# %% ../nbs/13_metrics.ipynb #579bbf2c
+# %% ../nbs/13_metrics.ipynb #44d2f5ff
 class CaptionJudge(nn.Module):
     """Reads background, motion, speed and subject off clips [b, 3, frames, height, width] of one subject on a plain or gradient background.
 
