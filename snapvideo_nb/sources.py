@@ -6,7 +6,7 @@
 __all__ = ['SOURCES', 'FILM_NOTICE', 'Source', 'fetch', 'emoji_names', 'emoji_sprite', 'write_sprite', 'build_emoji',
            'film_video', 'film_frames', 'find_cuts', 'film_shots', 'build_film']
 
-# %% ../nbs/01b_sources.ipynb #57c24873
+# %% ../nbs/01b_sources.ipynb #066f4939
 import csv, hashlib, io, json, os, re, shutil, subprocess, sys, tarfile, tempfile, zipfile
 from dataclasses import dataclass
 from importlib.resources import files
@@ -18,7 +18,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 from .video import write_video
 
-# %% ../nbs/01b_sources.ipynb #5fb734f7
+# %% ../nbs/01b_sources.ipynb #e99a65aa
 @dataclass(frozen=True)
 class Source:
     "One file of a public package: the client that fetches it (`npm` or `pip`), the pinned name, the file's name and how its sha256 begins."
@@ -32,7 +32,7 @@ SOURCES = {f'emoji {i}': Source('npm', f'@lobehub/fluent-emoji-anim-{i}@1.0.0', 
     'emoji names': Source('npm', 'emojibase-data@17.0.0', 'emojibase-data-17.0.0.tgz', 'd01d0e2ca4e22cb4'),
     'film': Source('pip', 'moviepy==2.2.1', 'moviepy-2.2.1.tar.gz', 'c80cb56815ece94e')}
 
-# %% ../nbs/01b_sources.ipynb #b2c3917d
+# %% ../nbs/01b_sources.ipynb #33666b50
 def _cache():
     return Path(os.environ.get('XDG_CACHE_HOME') or Path.home()/'.cache')/'snapvideo-nb'/'downloads'
 
@@ -43,7 +43,7 @@ def _client(source, folder):
     if subprocess.run([*pip, '--version'], capture_output=True).returncode: pip = [shutil.which('pip')]
     return [*pip, 'download', '--no-deps', '--no-binary=:all:', '--dest', str(folder), source.name] if pip[0] else None
 
-# %% ../nbs/01b_sources.ipynb #6aa7dca1
+# %% ../nbs/01b_sources.ipynb #61af3168
 def fetch(name: str, downloads=None) -> Path:
     """The file of `SOURCES[name]`: taken from the folder `downloads` (the user's cache unless given), fetched into it by the package's own client when it is not there.
 
@@ -62,7 +62,7 @@ def fetch(name: str, downloads=None) -> Path:
     if not digest.startswith(source.sha256): raise ValueError(f'{path} is not the pinned {source.name}: its sha256 starts with {digest[:16]}, not {source.sha256}; delete it and try again')
     return path
 
-# %% ../nbs/01b_sources.ipynb #bd26521d
+# %% ../nbs/01b_sources.ipynb #8c6f765d
 TONES = {'1f3fb', '1f3fc', '1f3fd', '1f3fe', '1f3ff'}
 
 def _key(hexcode):
@@ -71,13 +71,13 @@ def _key(hexcode):
 def _slug(name):
     return re.sub('[^a-z0-9]+', '-', name.lower().replace('’', '')).strip('-')
 
-# %% ../nbs/01b_sources.ipynb #6d256720
+# %% ../nbs/01b_sources.ipynb #a07345fd
 def emoji_names(path) -> dict:
     "hexcode (lower case, without fe0f) -> English name, from the archive of emojibase-data at `path`."
     with tarfile.open(path) as archive: entries = json.load(archive.extractfile('package/en/compact.json'))
     return {_key(e['hexcode']): e['label'] for entry in entries for e in [entry, *entry.get('skins', [])]}
 
-# %% ../nbs/01b_sources.ipynb #63b3f5da
+# %% ../nbs/01b_sources.ipynb #da105997
 def emoji_sprite(data: bytes, size: int = 72, frames: int = 16) -> tuple:
     """(`frames` RGBA images of size x size spread evenly over the loop, seconds of the loop) of an animated image; (None, 0.) when it does not move.
 
@@ -95,13 +95,13 @@ def emoji_sprite(data: bytes, size: int = 72, frames: int = 16) -> tuple:
     x, y = (left + right - side)//2, (top + bottom - side)//2
     return [f.crop((x, y, x + side, y + side)).resize((size, size), Image.Resampling.LANCZOS) for f in kept], sum(loop)/1000
 
-# %% ../nbs/01b_sources.ipynb #4b14ef60
+# %% ../nbs/01b_sources.ipynb #f39d16fe
 def _write(path, data):
     path = Path(path); data = data.encode() if isinstance(data, str) else data
     with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f'.{path.name}.', delete=False) as file: file.write(data)
     os.chmod(file.name, 0o644); os.replace(file.name, path)
 
-# %% ../nbs/01b_sources.ipynb #190e6d9e
+# %% ../nbs/01b_sources.ipynb #f5ce6884
 def write_sprite(path, images: list, seconds: float, quality: int = 80):
     "Write RGBA images as one endless animated WebP, `seconds` long, colour at `quality`, alpha lossless. Raises RuntimeError when the file does not hold every frame."
     ends = [round(1000*seconds*k/len(images)) for k in range(len(images) + 1)]
@@ -110,7 +110,7 @@ def write_sprite(path, images: list, seconds: float, quality: int = 80):
     if Image.open(data).n_frames != len(images): raise RuntimeError(f'{path}: two equal frames were merged')
     _write(path, data.getvalue())
 
-# %% ../nbs/01b_sources.ipynb #2414367a
+# %% ../nbs/01b_sources.ipynb #84129dc0
 EMOJI_NOTICE = """These sprites are derived (decoded, thinned out in time, cropped, made smaller, encoded again) from animated emoji of public packages.
 
 Artwork: the animated emoji of Microsoft's Fluent Emoji project, Copyright (c) Microsoft Corporation. Microsoft publishes the static set of that project
@@ -149,7 +149,7 @@ OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE
 SOFTWARE.
 """
 
-# %% ../nbs/01b_sources.ipynb #c10157f6
+# %% ../nbs/01b_sources.ipynb #f5731d3e
 def build_emoji(out, downloads=None, size: int = 72, frames: int = 16, packages=(1,), quality: int = 80, force: bool = False) -> list:
     """Write the animated emoji of the packages (1 to 4; without skin-tone variants) to the folder `out`; return and write its table `subjects.json`.
 
@@ -174,14 +174,14 @@ def build_emoji(out, downloads=None, size: int = 72, frames: int = 16, packages=
     _write(out/'subjects.json', json.dumps(table, indent=0, ensure_ascii=False) + '\n')
     return table
 
-# %% ../nbs/01b_sources.ipynb #2ee4e22c
+# %% ../nbs/01b_sources.ipynb #225d693a
 def film_video(downloads=None) -> io.BytesIO:
     "Big Buck Bunny (H.264, 1280x720, 24 fps, 14,315 frames) as it lies in its package, an archive in an archive. Errors as in `fetch`."
     with tarfile.open(fetch('film', downloads)) as archive:
         member = next(m for m in archive if m.name.endswith('moviepy_10_minutes.zip'))
         with zipfile.ZipFile(archive.extractfile(member)) as inner: return io.BytesIO(inner.read(next(n for n in inner.namelist() if n.endswith('resources/bbb.mp4'))))
 
-# %% ../nbs/01b_sources.ipynb #062384e4
+# %% ../nbs/01b_sources.ipynb #505305e9
 def film_frames(height: int = 36, width: int = 64, downloads=None, start: int = 0, stop: int | None = None):
     "The film's frames [H, W, 3] uint8 one by one from `start` to before `stop`, averaged over each pixel's area: 35 s for the whole film on two cores."
     with av.open(film_video(downloads)) as film:
@@ -191,7 +191,7 @@ def film_frames(height: int = 36, width: int = 64, downloads=None, start: int = 
             if stop is not None and i >= stop: return
             if i >= start: yield frame.reformat(width, height, 'rgb24', interpolation=Interpolation.AREA).to_ndarray()
 
-# %% ../nbs/01b_sources.ipynb #0570b20c
+# %% ../nbs/01b_sources.ipynb #34751f54
 def find_cuts(frames, least: float = 8., above: float = 2.5, window: int = 12, lasting: float = 20.) -> list[int]:
     """The first frames of new shots: where the mean change of a pixel (0 to 255) from the frame before exceeds `least`, stands out from the changes of
     `window` frames on both sides (`above` times their median, and 1.6 times all but two of them), and lasts: three frames on, the picture still differs
@@ -204,7 +204,7 @@ def find_cuts(frames, least: float = 8., above: float = 2.5, window: int = 12, l
             if np.abs(x[min(i + 3, len(x) - 1)] - x[max(i - 4, 0)]).mean() > lasting: cuts.append(i)
     return cuts
 
-# %% ../nbs/01b_sources.ipynb #a18355c5
+# %% ../nbs/01b_sources.ipynb #93b613f1
 FILM_NOTICE = """These clips are cut from "Big Buck Bunny", made smaller, and encoded again; the captions were written for this project by looking at them.
 
 (c) copyright 2008, Blender Foundation / www.bigbuckbunny.org
@@ -213,13 +213,13 @@ Licensed under the Creative Commons Attribution 3.0 licence: https://creativecom
 The captions in metadata.csv may be used under the same terms.
 """
 
-# %% ../nbs/01b_sources.ipynb #f361617c
+# %% ../nbs/01b_sources.ipynb #793feb4f
 def film_shots() -> list[dict]:
     "The captioned shots of the film: start_frame, frames, caption. The table travels with the package, so that every size is cut alike."
     with open(str(files('snapvideo_nb')/'film_shots.csv'), newline='', encoding='utf-8') as file:
         return [dict(row, start_frame=int(row['start_frame']), frames=int(row['frames'])) for row in csv.DictReader(file)]
 
-# %% ../nbs/01b_sources.ipynb #b45ac63e
+# %% ../nbs/01b_sources.ipynb #f7fd73f2
 def build_film(out, downloads=None, height: int = 36, width: int = 64, force: bool = False, frames=None) -> list:
     """Write the captioned shots of Big Buck Bunny to the folder `out` as a Hugging Face `videofolder`: shot-NNN.mp4 (24 fps) and metadata.csv; return its rows.
 
