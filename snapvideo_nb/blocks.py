@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Attention', 'FeedForward', 'SelfAttentionLayer', 'Conditions', 'FourierToken', 'ConditionTokens']
 
-# %% ../nbs/04_blocks.ipynb #16aff76b
+# %% ../nbs/04_blocks.ipynb #9f520cfa
 import math
 from dataclasses import dataclass, fields, replace
 import torch
@@ -13,7 +13,7 @@ from torch import nn, Tensor
 from torch.nn import functional as F
 from jaxtyping import Bool, Float
 
-# %% ../nbs/04_blocks.ipynb #82a1afdc
+# %% ../nbs/04_blocks.ipynb #ee72556e
 class Attention(nn.Module):
     """Multi-head attention of queries `x` [b, n, dim] to `context` [b, m, context_dim] (to `x` itself when there is none).
 
@@ -48,13 +48,13 @@ class Attention(nn.Module):
         mask = None if mask is None else mask[:, None, None, :]
         return self.out(F.scaled_dot_product_attention(self.split(self.q(x)), k, v, attn_mask=mask).transpose(1, 2).flatten(2))
 
-# %% ../nbs/04_blocks.ipynb #00924d6c
+# %% ../nbs/04_blocks.ipynb #ee27c890
 class FeedForward(nn.Sequential):
     "Layer norm, a widening by `mult`, GELU, dropout, and back: [..., dim] -> [..., dim] (the caller adds it)."
     def __init__(self, dim: int, mult: int = 4, dropout: float = 0.):
         super().__init__(nn.LayerNorm(dim, bias=False), nn.Linear(dim, mult*dim), nn.GELU(), nn.Dropout(dropout), nn.Linear(mult*dim, dim))
 
-# %% ../nbs/04_blocks.ipynb #916e1747
+# %% ../nbs/04_blocks.ipynb #ce3a9054
 class SelfAttentionLayer(nn.Module):
     "One pre-norm transformer layer on [b, n, dim]: self-attention, then a feed-forward, each added to the stream."
     def __init__(self, dim: int, head_dim: int, dropout: float = 0.):
@@ -65,7 +65,7 @@ class SelfAttentionLayer(nn.Module):
         x = x + self.attention(x)
         return x + self.feed_forward(x)
 
-# %% ../nbs/04_blocks.ipynb #33e7b8bc
+# %% ../nbs/04_blocks.ipynb #eb80378a
 @dataclass(frozen=True)
 class Conditions:
     """What a network is told about each of `b` clips, besides the noise level.
@@ -104,7 +104,7 @@ class Conditions:
         values = {x.name: [getattr(p, x.name) for p in parts] for x in fields(Conditions) if x.name != 'prepared'}
         return Conditions(**{k: torch.cat(v) for k, v in values.items() if v[0] is not None})
 
-# %% ../nbs/04_blocks.ipynb #b01cd87b
+# %% ../nbs/04_blocks.ipynb #c5881d70
 class FourierToken(nn.Module):
     """`inputs` numbers per clip [b, inputs] as one token [b, 1, width]: each x becomes (x, sin, cos) at 8 learnable random
     frequencies, then Linear, GELU, Linear."""
@@ -120,7 +120,7 @@ class FourierToken(nn.Module):
 
     def forward(self, x: Float[Tensor, 'b i']) -> Float[Tensor, 'b 1 w']: return self.mlp(self.features(x))[:, None]
 
-# %% ../nbs/04_blocks.ipynb #b955ce9b
+# %% ../nbs/04_blocks.ipynb #157c8b8e
 class ConditionTokens(nn.Module):
     """Everything a network is told, as one sequence of tokens of one `width` (paper Sec. 3.4): text, frame rate, original size,
     for an upsampler the noise level of its low-res clip, and sigma. All but sigma's are made once per clip by `prepare`."""
