@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['wilson', 'backdrops', 'name_background', 'subject_mask', 'border_noise', 'track', 'score_captions', 'CaptionJudge']
 
-# %% ../nbs/13_metrics.ipynb #2e874ee7
+# %% ../nbs/13_metrics.ipynb #1e2da44f
 import hashlib, itertools, json, math, os, uuid
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -16,14 +16,14 @@ from torch import Tensor, nn
 from .data import COLOURS, MINI_SUBJECTS, MOTIONS, SPEEDS, Emoji, held_out
 from .video import to_frames, to_tensor
 
-# %% ../nbs/13_metrics.ipynb #7e6f4f7e
+# %% ../nbs/13_metrics.ipynb #e89011bf
 def wilson(right: int, count: int, z: float = 1.96) -> tuple[float, float]:
     "The interval of true shares that are compatible with `right` out of `count`, at 95 % for z = 1.96; (0, 1) when nothing was counted."
     if not 0 <= right <= count: raise ValueError(f'{right} right out of {count} is not a share')
     middle, spread = right + z * z / 2, z * math.sqrt(right * (count - right) / count + z * z / 4) if count else z * z / 2
     return max(0., (middle - spread) / (count + z * z)), min(1., (middle + spread) / (count + z * z))
 
-# %% ../nbs/13_metrics.ipynb #2616f5a3
+# %% ../nbs/13_metrics.ipynb #2cd624db
 @lru_cache
 def backdrops(height: int, width: int) -> tuple[list, Float[Tensor, '190 3 h w']]:
     "Every background that a caption can name: its colours (one, or two for a gradient) and its picture in [-1, 1]."
@@ -33,14 +33,14 @@ def backdrops(height: int, width: int) -> tuple[list, Float[Tensor, '190 3 h w']
     across, down = torch.linspace(0, 1, width).expand(height, width), torch.linspace(0, 1, height)[:, None].expand(height, width)
     return names, first + (last - first) * torch.stack([across] * 100 + [down] * 90)[:, None]
 
-# %% ../nbs/13_metrics.ipynb #4ca5761a
+# %% ../nbs/13_metrics.ipynb #7d74e74c
 def _ring(height, width):
     "True at the border pixels: a ninth of the height on every side."
     edge, ring = max(1, round(height / 9)), torch.ones(height, width, dtype=torch.bool)
     ring[edge:-edge, edge:-edge] = False
     return ring
 
-# %% ../nbs/13_metrics.ipynb #406c96a3
+# %% ../nbs/13_metrics.ipynb #e6934371
 def name_background(video: Float[Tensor, 'b 3 t h w']) -> tuple[list, Float[Tensor, 'b 3 h w']]:
     "The colours of the background that each clip's border fits best, and its picture."
     names, pictures = backdrops(*video.shape[-2:])
@@ -49,7 +49,7 @@ def name_background(video: Float[Tensor, 'b 3 t h w']) -> tuple[list, Float[Tens
     best = torch.stack([(seen - pictures[..., ring]).abs().mean(1).clamp(max=.4).mean(1).argmin() for seen in border])
     return [names[i] for i in best], pictures[best]
 
-# %% ../nbs/13_metrics.ipynb #9e6a1799
+# %% ../nbs/13_metrics.ipynb #883b7eca
 def subject_mask(video: Float[Tensor, 'b 3 t h w'], per_noise: float = 2.5) -> Float[Tensor, 'b t h w']:
     """How surely each pixel belongs to the subject, in [0, 1], for a plain or gradient background.
 
@@ -62,13 +62,13 @@ def subject_mask(video: Float[Tensor, 'b 3 t h w'], per_noise: float = 2.5) -> F
     noise = distance[..., _ring(h, w)].flatten(1).median(1).values
     return ((distance - .1 - per_noise * noise[:, None, None, None]) / .2).clamp(0, 1)
 
-# %% ../nbs/13_metrics.ipynb #484e90a8
+# %% ../nbs/13_metrics.ipynb #26023361
 def border_noise(video: Float[Tensor, 'b 3 t h w']) -> Float[Tensor, 'b']:
     "Standard deviation of each clip's noise as seen at its border, in units of [-1, 1]; 0 for clips that were drawn and not generated."
     difference = video - name_background(video)[1][:, :, None]
     return difference.square().mean(1).sqrt()[..., _ring(*video.shape[-2:])].flatten(1).median(1).values / .888
 
-# %% ../nbs/13_metrics.ipynb #095de1a1
+# %% ../nbs/13_metrics.ipynb #5db536ef
 def track(video: Float[Tensor, 'b 3 t h w']) -> Float[Tensor, 'b 3 t']:
     "Centre x and y of the subject's mask, in frame widths and heights, and the square root of its share of the frame, for every frame."
     mask = subject_mask(video)
@@ -76,17 +76,22 @@ def track(video: Float[Tensor, 'b 3 t h w']) -> Float[Tensor, 'b 3 t']:
     x, y = (mask.sum(2) @ ((torch.arange(w) + .5) / w)), (mask.sum(3) @ ((torch.arange(h) + .5) / h))
     return torch.stack([x / mass, y / mass, (mass / (h * w)).sqrt()], 1)
 
-# %% ../nbs/13_metrics.ipynb #d3ed63cf
+# %% ../nbs/13_metrics.ipynb #52ce2b0d
 class _MotionNet(nn.Sequential):
     "A track [b, 3, t] to logits of (motion, speed): the track itself, without its mean, and its steps."
     def __init__(self, frames, classes): super().__init__(nn.Linear(9 * frames - 3, 192), nn.GELU(), nn.Linear(192, 128), nn.GELU(), nn.Linear(128, classes))
     def forward(self, track): return super().forward(torch.cat([4 * track - 2, 10 * (track - track.mean(2, keepdim=True)), 20 * track.diff(dim=2)], 2).flatten(1))
 
 class _SubjectNet(nn.Sequential):
-    "A frame [b, 3, h, w] to logits of subjects, wherever in the frame it is."
-    def __init__(self, height, classes):
+    "A frame [b, channels, h, w] to logits of subjects, wherever in the frame it is."
+    def __init__(self, height, classes, channels=3):
         layer = lambda i, o, stride: nn.Sequential(nn.Conv2d(i, o, 3, stride, 1, bias=False), nn.GroupNorm(8, o), nn.GELU())
-        super().__init__(layer(3, 32, 1 + (height > 24)), layer(32, 64, 2), layer(64, 96, 1), layer(96, 128, 2), nn.AdaptiveMaxPool2d(1), nn.Flatten(), nn.Linear(128, classes))
+        super().__init__(layer(channels, 32, 1 + (height > 24)), layer(32, 64, 2), layer(64, 96, 1), layer(96, 128, 2), nn.AdaptiveMaxPool2d(1), nn.Flatten(), nn.Linear(128, classes))
+
+def _grey(frames, weights=torch.ones(3)):
+    "Frames [b, 3, h, w] as one weighted sum of their colours [b, 1, h, w], with mean 0 and standard deviation 1: light and dark without colour."
+    grey = (frames * weights[..., None, None]).sum(1, keepdim=True)
+    return (grey - grey.mean((2, 3), keepdim=True)) / (grey.std((2, 3), keepdim=True) + .05)
 
 def _fit(network, batches, rate):
     "Train on batches of (input, class) with AdamW and a rate that falls to zero."
@@ -96,15 +101,15 @@ def _fit(network, batches, rate):
         x, y = make()
         optimizer.zero_grad(); F.cross_entropy(network(x), y).backward(); optimizer.step(); schedule.step()
 
-# %% ../nbs/13_metrics.ipynb #8abf2987
+# %% ../nbs/13_metrics.ipynb #9e337009
 def _shrink(video, rows=36):
     "At most `rows` rows, averaged over areas."
     b, _, t, h, w = video.shape
     if h <= rows: return video
     return F.interpolate(video.transpose(1, 2).flatten(0, 1), (rows, round(w * rows / h)), mode='area').unflatten(0, (b, t)).transpose(1, 2)
 
-def _teach(judge, data, clips, motion_steps, subject_steps):
-    "Train the two networks of a judge on the first `clips` clips of `data`."
+def _teach(judge, data, clips, motion_steps, subject_steps, shape_steps):
+    "Train the three networks of a judge on the first `clips` clips of `data`."
     truths, videos = zip(*((clip.truth, _shrink(to_tensor(clip.frames)[None])[0]) for clip in map(data.__getitem__, range(clips))))
     move, who = torch.tensor([judge.moves.index((t['motion'], t['speed'])) for t in truths]), torch.tensor([judge.subjects.index(t['subject']) for t in truths])
     video, frames = torch.stack(videos), videos[0].shape[1]
@@ -116,74 +121,85 @@ def _teach(judge, data, clips, motion_steps, subject_steps):
     def pictures():
         i = torch.randint(clips, (64,))
         return video[i, :, torch.randint(frames, (64,))], who[i]
-    _fit(judge.motion, [motions] * motion_steps, 2e-3); _fit(judge.subject, [pictures] * subject_steps, 3e-3)
+    def greys():
+        x, who = pictures()
+        noise = .4 * (torch.rand(64, 1, 1, 1) - .5).relu() * torch.randn_like(x)
+        return _grey(x + 2 * noise, F.normalize(torch.randn(64, 3), dim=1)), who
+    _fit(judge.motion, [motions] * motion_steps, 2e-3); _fit(judge.subject, [pictures] * subject_steps, 3e-3); _fit(judge.grey, [greys] * shape_steps, 3e-3)
 
-# %% ../nbs/13_metrics.ipynb #c9084309
+# %% ../nbs/13_metrics.ipynb #11749d61
 def score_captions(said: list[dict], truths: list[dict], subjects: int) -> dict:
-    """Right answers, counts, shares, 95 % Wilson intervals and chance for background, motion, speed (of what moves), subject, and all of them ('caption').
+    """Right answers, counts, shares, 95 % Wilson intervals and chance for background, motion, speed (of what moves), subject, all of these ('caption'), and 'shape', the subject as seen without colour.
 
-    `said` and `truths` hold dicts with background (a tuple of colours), motion, speed and subject; `subjects` is how many there are to choose from.
+    `said` and `truths` hold dicts with background (a tuple of colours), motion, speed, subject and shape; `subjects` is how many there are to choose from.
     """
     chance = dict(background=1 / len(set(backdrops(2, 2)[0])), motion=1 / len(MOTIONS), speed=1 / len(SPEEDS), subject=1 / subjects)
-    right = {key: [s[key] == t[key] for s, t in zip(said, truths) if t[key] is not None] for key in chance} | dict(caption=[s == t for s, t in zip(said, truths)])
-    chance |= dict(caption=math.prod(chance.values()))
+    whole = [all(s[key] == t[key] for key in chance) for s, t in zip(said, truths)]
+    chance |= dict(shape=1 / subjects, caption=math.prod(chance.values()))
+    right = {key: whole if key == 'caption' else [s[key] == t[key] for s, t in zip(said, truths) if t[key] is not None] for key in chance}
     return {key: dict(right=sum(r), count=len(r), accuracy=round(sum(r) / len(r), 4) if r else None, interval=[round(p, 4) for p in wilson(sum(r), len(r))],
                       chance=float(f'{chance[key]:.2g}')) for key, r in right.items()}
 
-# %% ../nbs/13_metrics.ipynb #44d2f5ff
-class CaptionJudge(nn.Module):
-    """Reads background, motion, speed and subject off clips [b, 3, frames, height, width] of one subject on a plain or gradient background.
+# %% ../nbs/13_metrics.ipynb #7b1f6691
+KEYS = ('background', 'motion', 'speed', 'subject', 'shape')
 
-    Trained on real clips of `scenes`, all (subject, motion) pairs, drawn with a `seed` that must not be used for what is judged; with `folder` the
-    weights are kept there. `judge.accuracy(clips, truths)` compares with what was asked for; `judge.ceiling` is the same for fresh real clips.
+def _asked(truth, judge):
+    if truth['subject'] not in judge.subjects or truth.get('second') or (truth['motion'], truth['speed']) not in judge.moves or truth['background'] == 'film':
+        raise ValueError(f'the judge knows one moving subject out of {len(judge.subjects)}, on a plain or gradient background, not {truth.get("caption", truth["subject"])!r}')
+    return dict(zip(KEYS, (tuple(truth['colours']), truth['motion'], truth['speed'], truth['subject'], truth['subject'])))
+
+def _keep(module, path):
+    "Write a module's weights in half precision, whole or not at all."
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({key: weight.half() for key, weight in module.state_dict().items()}, temporary := path.with_suffix(f'.{uuid.uuid4().hex}.tmp'))
+    os.replace(temporary, path)
+
+# %% ../nbs/13_metrics.ipynb #9efc4e1e
+class CaptionJudge(nn.Module):
+    """Reads background, motion, speed and subject off clips [b, 3, frames, height, width] of one subject on a plain or gradient background, and the
+    subject once more from its shape alone. Trained on real clips of `scenes`, all (subject, motion) pairs, drawn with a `seed` that must not be used for
+    what is judged; with `folder` the weights are kept there.
     """
     def __init__(self, subjects=MINI_SUBJECTS, frames: int = 16, height: int = 18, width: int = 32, seed: int = 1_402_797, folder: str | Path | None = None,
-                 scenes=Emoji, clips: int = 2000, motion_steps: int = 800, subject_steps: int = 250, **options):
+                 scenes=Emoji, clips: int = 2000, motion_steps: int = 800, subject_steps: int = 250, shape_steps: int = 450, **options):
         super().__init__()
-        self.subjects, self.shape, self.moves = list(subjects), (frames, height, width), [(m, s) for m in MOTIONS for s in (SPEEDS if m != 'still' else (None,))]
-        self.real = lambda seed: scenes(frames, height, width, split='all', seed=seed, subjects=self.subjects, **options)
+        self.subjects, self.size, self.moves = list(subjects), (frames, height, width), [(m, s) for m in MOTIONS for s in (SPEEDS if m != 'still' else (None,))]
+        self.real, steps = lambda seed: scenes(frames, height, width, split='all', seed=seed, subjects=self.subjects, **options), (clips, motion_steps, subject_steps, shape_steps)
         sample = hashlib.sha256(b''.join(self.real(seed)[j].frames.tobytes() for j in range(16))).hexdigest()
-        self.config = dict(version=1, subjects=self.subjects, shape=self.shape, seed=seed, clips=clips, motion_steps=motion_steps, subject_steps=subject_steps, data=sample)
+        self.config = dict(version=2, subjects=self.subjects, size=self.size, seed=seed, steps=steps, data=sample)
         path = folder and Path(folder)/f'judge-{hashlib.sha256(json.dumps(self.config).encode()).hexdigest()[:12]}.safetensors'
         with torch.random.fork_rng([]):
             torch.manual_seed(seed)
-            self.motion, self.subject = _MotionNet(frames, len(self.moves)), _SubjectNet(min(height, 36), len(self.subjects))
+            self.motion, (self.subject, self.grey) = _MotionNet(frames, len(self.moves)), (_SubjectNet(min(height, 36), len(self.subjects), c) for c in (3, 1))
             if path and path.exists(): self.load_state_dict(load_file(path))
-            else: _teach(self, self.real(seed), clips, motion_steps, subject_steps)
+            else: _teach(self, self.real(seed), *steps)
         for weight in self.parameters(): weight.data = weight.data.half().float()
-        if path and not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            save_file({k: v.half() for k, v in self.state_dict().items()}, temporary := path.with_suffix(f'.{uuid.uuid4().hex}.tmp')); os.replace(temporary, path)
+        if path and not path.exists(): _keep(self, path)
         self.eval().requires_grad_(False)
 
     def say(self, video: Float[Tensor, 'b 3 t h w']) -> list[dict]:
-        "What is in each clip: background (a tuple of colours), motion, speed and subject."
-        if video.ndim != 5 or tuple(video.shape[1:]) != (3, *self.shape): raise ValueError(f'this judge reads clips of shape {[3, *self.shape]}, not {list(video.shape[1:])}')
-        said, times = [], torch.linspace(0, self.shape[0] - 1, 8).round().long()
+        "What is in each clip: background (a tuple of colours), motion, speed, subject, and the subject by its shape."
+        if video.ndim != 5 or tuple(video.shape[1:]) != (3, *self.size): raise ValueError(f'this judge reads clips of shape {[3, *self.size]}, not {list(video.shape[1:])}')
+        said, times = [], torch.linspace(0, self.size[0] - 1, 8).round().long()
         for v in map(_shrink, video.detach().float().cpu().clamp(-1, 1).split(32)):
             moves, frames = self.motion(track(v)).argmax(1), v[:, :, times].transpose(1, 2)
-            who = self.subject(frames.flatten(0, 1)).unflatten(0, frames.shape[:2]).mean(1).argmax(1)
-            said += [dict(zip(('background', 'motion', 'speed', 'subject'), (b, *self.moves[m], self.subjects[s]))) for b, m, s in zip(name_background(v)[0], moves, who)]
+            who, shape = (net.unflatten(0, frames.shape[:2]).mean(1).argmax(1) for net in (self.subject(frames.flatten(0, 1)), self.grey(_grey(frames.flatten(0, 1)))))
+            said += [dict(zip(KEYS, (b, *self.moves[m], self.subjects[s], self.subjects[g]))) for b, m, s, g in zip(name_background(v)[0], moves, who, shape)]
         return said
 
     def accuracy(self, clips, truths: list[dict] | None = None) -> dict:
-        """`score_captions` of what the judge says about `clips`: a video tensor [b, 3, frames, height, width] with `truths` (dicts with subject, motion,
-        speed, background and colours, as in `Clip.truth`), or a list of `Clip`s that carry theirs. Beside it the same for held-out (subject, motion) pairs
-        alone, the clips' noise, every answer, and the protocol. A dict that `json` can write; ValueError for a truth outside the judge's classes.
+        """`score_captions` of what the judge says about `clips`: a video tensor [b, 3, frames, height, width] with `truths` (dicts as in `Clip.truth`:
+        subject, motion, speed, background, colours), or a list of `Clip`s that carry theirs. Beside it the same for held-out (subject, motion) pairs alone,
+        the clips' noise, every answer, and the protocol. A dict that `json` can write; ValueError for a truth outside the judge's classes.
         """
         video = clips if isinstance(clips, Tensor) else torch.stack([to_tensor(clip.frames) for clip in clips])
-        asked = [self._asked(truth) for truth in ([clip.truth for clip in clips] if truths is None else truths)]
+        asked = [_asked(truth, self) for truth in ([clip.truth for clip in clips] if truths is None else truths)]
         if len(video) != len(asked): raise ValueError(f'{len(video)} clips, but {len(asked)} truths')
         said = self.say(video)
         kept = [i for i, t in enumerate(asked) if held_out(t['subject'], t['motion'])]
         scores = lambda rows: score_captions([said[i] for i in rows], [asked[i] for i in rows], len(self.subjects))
         return scores(range(len(asked))) | dict(held_out=scores(kept), noise=round(border_noise(_shrink(video.float().cpu())).median().item(), 4),
                                                 rows=[dict(said=s, asked=t) for s, t in zip(said, asked)], protocol=dict(judge=self.config, interval='Wilson, 95 %'))
-
-    def _asked(self, truth):
-        if truth['subject'] not in self.subjects or truth.get('second') or (truth['motion'], truth['speed']) not in self.moves or truth['background'] == 'film':
-            raise ValueError(f'the judge knows one moving subject out of {len(self.subjects)}, on a plain or gradient background, not {truth.get("caption", truth["subject"])!r}')
-        return dict(background=tuple(truth['colours']), motion=truth['motion'], speed=truth['speed'], subject=truth['subject'])
 
     @cached_property
     def ceiling(self) -> dict:

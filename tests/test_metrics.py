@@ -14,7 +14,7 @@ NAMES = ['red disc', 'blue square', 'green triangle', 'yellow cross']
 @pytest.fixture(scope='module')
 def judge(tmp_path_factory):
     folder = tmp_path_factory.mktemp('judge')
-    judge = CaptionJudge(NAMES, 8, 12, 20, folder=folder, scenes=Shapes, clips=300, motion_steps=200, subject_steps=40)
+    judge = CaptionJudge(NAMES, 8, 12, 20, folder=folder, scenes=Shapes, clips=300, motion_steps=200, subject_steps=40, shape_steps=10)
     judge.folder = folder
     return judge
 
@@ -41,7 +41,7 @@ def test_answers_depend_on_the_clip_alone(judge, batch):
 
 def test_weights_are_kept_and_whole(judge, batch):
     before = [p.name for p in judge.folder.iterdir()]
-    again = CaptionJudge(NAMES, 8, 12, 20, folder=judge.folder, scenes=Shapes, clips=300, motion_steps=200, subject_steps=40)
+    again = CaptionJudge(NAMES, 8, 12, 20, folder=judge.folder, scenes=Shapes, clips=300, motion_steps=200, subject_steps=40, shape_steps=10)
     assert [p.name for p in judge.folder.iterdir()] == before and len(before) == 1 and before[0].endswith('.safetensors')
     assert all(a.equal(b) for a, b in zip(again.state_dict().values(), judge.state_dict().values()))
     assert again.say(batch.video[:4]) == judge.say(batch.video[:4])
@@ -49,12 +49,12 @@ def test_weights_are_kept_and_whole(judge, batch):
 
 def test_training_leaves_the_random_state_alone():
     torch.manual_seed(0); expected = torch.rand(1)
-    torch.manual_seed(0); CaptionJudge(NAMES[:2], 4, 12, 20, scenes=Shapes, clips=20, motion_steps=2, subject_steps=2)
+    torch.manual_seed(0); CaptionJudge(NAMES[:2], 4, 12, 20, scenes=Shapes, clips=20, motion_steps=2, subject_steps=2, shape_steps=2)
     assert torch.rand(1).equal(expected)
 
 
 def test_larger_clips_are_shrunk():
-    large = CaptionJudge(NAMES[:2], 4, 72, 128, scenes=Shapes, clips=20, motion_steps=2, subject_steps=2)
+    large = CaptionJudge(NAMES[:2], 4, 72, 128, scenes=Shapes, clips=20, motion_steps=2, subject_steps=2, shape_steps=2)
     clips = [Shapes(4, 72, 128, split='all', seed=1, subjects=NAMES[:2])[j] for j in range(4)]
     assert large.accuracy(clips)['background']['accuracy'] == 1
 
@@ -87,7 +87,7 @@ def test_nothing_in_the_frame_is_no_crash(judge):
 
 
 def test_intervals_and_counts():
-    said = [dict(background=('red',), motion='still', speed=None, subject='a')] * 3
+    said = [dict(background=('red',), motion='still', speed=None, subject='a', shape='a')] * 3
     scores = score_captions(said, [said[0] | dict(subject=s) for s in 'aab'], 4)
     assert scores['subject'] == dict(right=2, count=3, accuracy=.6667, interval=[round(p, 4) for p in wilson(2, 3)], chance=.25)
     assert scores['speed']['count'] == 0 and scores['speed']['interval'] == [0, 1]
