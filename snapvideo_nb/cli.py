@@ -7,7 +7,7 @@ __all__ = ['COMMANDS', 'one_line', 'parse', 'slug', 'planned', 'write', 'at_leas
            'Sample', 'preset_facts', 'Presets', 'literal', 'option', 'train_command', 'ClipOptions', 'DataShow',
            'DataMeasure', 'empty', 'DataEmoji', 'DataFilm', 'overview', 'choose', 'do', 'main']
 
-# %% ../nbs/18_cli.ipynb #4605bad8
+# %% ../nbs/18_cli.ipynb #a7329757
 import ast, contextlib, difflib, io, json, os, re, sys, traceback, warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +17,7 @@ import tyro
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 from . import __version__
 
-# %% ../nbs/18_cli.ipynb #153a7c86
+# %% ../nbs/18_cli.ipynb #f049e419
 def one_line(error: Exception) -> str:
     "What a user reads about an error: its message in one line; for one of the operating system the file and the reason."
     reason = getattr(error, 'strerror', None)
@@ -25,7 +25,7 @@ def one_line(error: Exception) -> str:
         return ': '.join(str(part) for part in (error.filename, reason[:1].lower() + reason[1:]) if part)
     return ' '.join(str(error).split()) or type(error).__name__
 
-# %% ../nbs/18_cli.ipynb #bab4604c
+# %% ../nbs/18_cli.ipynb #1e81f298
 def parse(config, arguments: list, command: str):
     """A `config` (a dataclass, or an instance with the defaults) filled from the words after `snapvideo command`.
 
@@ -43,14 +43,14 @@ def parse(config, arguments: list, command: str):
     told = re.sub(r'^Error parsing [A-Z]\w+: ', '', told)
     raise ValueError(told + (f'; perhaps {close[1]}?' if close else '') + f' (snapvideo {command} --help)')
 
-# %% ../nbs/18_cli.ipynb #43130230
+# %% ../nbs/18_cli.ipynb #9bf6b13a
 def slug(caption: str, length: int = 60) -> str:
     "A caption as a file name: lower-case words joined by hyphens, whole words up to `length` characters."
     words = re.findall(r'[^\W_]+', caption.lower())
     while len(words) > 1 and len('-'.join(words)) > length: words.pop()
     return '-'.join(words)[:length] or 'video'
 
-# %% ../nbs/18_cli.ipynb #64f3ce7c
+# %% ../nbs/18_cli.ipynb #ead79cd6
 def planned(captions: tuple, seeds: range, out: Path) -> dict:
     "caption -> (a path for the video of each seed, a path for the contact sheet), all different."
     stems = {}
@@ -59,7 +59,7 @@ def planned(captions: tuple, seeds: range, out: Path) -> dict:
     return {caption: ([out/f'{stem}-seed{seed}.mp4' for seed in seeds], out/f'{stem}-seed{seeds.start}-sheet.png')
             for caption, stem in stems.items()}
 
-# %% ../nbs/18_cli.ipynb #f0b58b87
+# %% ../nbs/18_cli.ipynb #14967be2
 def write(videos, files: dict, fps: float, scale: int = 0, force: bool = False):
     """Write videos [b, 3, T, H, W] in [-1, 1], and sheets of them, to the `planned` files; print each path.
 
@@ -73,7 +73,7 @@ def write(videos, files: dict, fps: float, scale: int = 0, force: bool = False):
         for path, clip in zip(paths, clips): print(write_video(path, clip, fps, force))
         print(save_image(sheet, contact_sheet(clips, labels=[path.stem for path in paths]), force))
 
-# %% ../nbs/18_cli.ipynb #6887d6dd
+# %% ../nbs/18_cli.ipynb #a0fd4ae9
 def at_least(lowest: float, **numbers):
     "ValueError for the first of the named options that is below `lowest`, infinite or not a number."
     for name, number in numbers.items():
@@ -88,7 +88,7 @@ def free(*files: Path, force: bool = False):
         if not folder.is_dir(): raise NotADirectoryError(f'{folder} is a file, so {file} cannot be written')
         if not os.access(folder, os.W_OK | os.X_OK): raise PermissionError(f'{folder} may not be written to')
 
-# %% ../nbs/18_cli.ipynb #409b2617
+# %% ../nbs/18_cli.ipynb #90deadea
 def choose_device(name: str = ''):
     "The named torch device, or a GPU when there is one, or the CPU; ValueError for a device that is not there."
     import torch
@@ -102,7 +102,7 @@ def warn_unknown(text, captions):
         if unknown := dict.fromkeys(text.unknown_words(caption)):
             warnings.warn(f'the model never met {", ".join(map(repr, unknown))} in {caption!r} and can only guess')
 
-# %% ../nbs/18_cli.ipynb #adf1f277
+# %% ../nbs/18_cli.ipynb #402c23fc
 @dataclass
 class Sample:
     """Turn captions into videos.
@@ -154,7 +154,7 @@ class Sample:
         videos = sample(model, list(prompts), list(seeds), steps=self.steps, guidance=self.guidance, progress=True)
         write(videos, self.files, model.config.fps, self.scale, self.force)
 
-# %% ../nbs/18_cli.ipynb #55bb676b
+# %% ../nbs/18_cli.ipynb #4beafded
 def preset_facts(name: str) -> dict:
     """What a preset is and costs: `clip` [T, H, W] in pixels, `sigma_in`, `parameters` (with the text encoder when it is
     trained along), `flop` of one evaluation of one clip, and `state`, the bytes that training keeps besides activations:
@@ -172,7 +172,7 @@ def preset_facts(name: str) -> dict:
     n = sum(p.numel() for p in model.parameters())
     return dict(clip=clip[2:], sigma_in=model.framework.sigma_in, parameters=n, flop=counter.get_total_flops(), state=20*n)
 
-# %% ../nbs/18_cli.ipynb #c2690689
+# %% ../nbs/18_cli.ipynb #22c06e9c
 @dataclass
 class Presets:
     """List the models that can be trained, with their sizes; or one of them in full, as JSON.
@@ -194,7 +194,7 @@ class Presets:
             print(line(name, 'x'.join(map(str, f['clip'])), f"{f['sigma_in']:.3g}", f"{f['parameters'] / 1e6:,.1f}", f"{f['flop'] / 1e9:,.1f}",
                        f"{f['state'] / 1e9:,.2f}", config.text.get('name', 'its own')))
 
-# %% ../nbs/18_cli.ipynb #4b359bb5
+# %% ../nbs/18_cli.ipynb #ac0c04cd
 def literal(text: str):
     "What a word says as a Python literal (a number, a list, True, None), or the word itself."
     try: return ast.literal_eval(text)
@@ -206,7 +206,7 @@ def option(words: list, name: str, default: str) -> str:
     given = [after for word, after in zip(words, words[1:]) if word == f'--{name}']
     return (given or [default])[-1]
 
-# %% ../nbs/18_cli.ipynb #4ad2d898
+# %% ../nbs/18_cli.ipynb #5a5330d3
 def train_command(words: list):
     """What `snapvideo train` fills, the recipe of its --preset, and what it does then. The recipe's options of the data
     hold unless --data names other data; --data-options come on top."""
@@ -217,7 +217,7 @@ def train_command(words: list):
         print(train(replace(config, data_options=(base.data_options if config.data == base.data else {}) | given)))
     return replace(base, data_options={}), run
 
-# %% ../nbs/18_cli.ipynb #2fa25322
+# %% ../nbs/18_cli.ipynb #d4b14392
 @dataclass
 class ClipOptions:
     name: Annotated[Positional[str], arg(metavar='emoji|film|shapes|FOLDER')] = 'emoji'
@@ -240,7 +240,7 @@ class ClipOptions:
         count = min(self.count, len(data))
         return [data[i*len(data) // count] for i in range(count)]
 
-# %% ../nbs/18_cli.ipynb #8fb1a557
+# %% ../nbs/18_cli.ipynb #138ab87b
 @dataclass
 class DataShow(ClipOptions):
     """Look at a data set: print the captions of some clips and write a contact sheet (png), one row for each clip."""
@@ -261,7 +261,7 @@ class DataShow(ClipOptions):
         for clip in clips: print(f'{clip.fps:g} fps  {clip.caption}')
         print(sheet)
 
-# %% ../nbs/18_cli.ipynb #c21ecf31
+# %% ../nbs/18_cli.ipynb #99ef77dd
 @dataclass
 class DataMeasure(ClipOptions):
     """Measure how redundant clips are: the input scale sigma_in that they ask for, beside the rule width/64*sqrt(frames).
@@ -282,14 +282,14 @@ class DataMeasure(ClipOptions):
         files = [clip.source for clip in clips]
         print(measure_input_scale(clips, self.level, groups=files if len(set(files)) >= 8 else None))
 
-# %% ../nbs/18_cli.ipynb #96dff855
+# %% ../nbs/18_cli.ipynb #74ce6185
 def empty(folder: Path, force: bool = False):
     "FileExistsError unless the folder is empty or missing (or `force`), and the errors of `free`."
     if folder.is_dir() and any(folder.iterdir()) and not force:
         raise FileExistsError(f'{folder} is not empty: choose another --out, or --force')
     free(folder/'anything', force=force)
 
-# %% ../nbs/18_cli.ipynb #f7678d23
+# %% ../nbs/18_cli.ipynb #7efd5af2
 @dataclass
 class DataEmoji:
     """Make the animated emoji set from its public packages, which npm fetches (165 to 197 MB each).
@@ -316,7 +316,7 @@ class DataEmoji:
         table = build_emoji(self.out, self.downloads, self.size, self.frames, self.packages, force=self.force)
         print(f'{len(table)} subjects in {self.out}')
 
-# %% ../nbs/18_cli.ipynb #d62fbaff
+# %% ../nbs/18_cli.ipynb #0728ff1c
 @dataclass
 class DataFilm:
     """Cut Big Buck Bunny (CC-BY 3.0, Blender Foundation) into captioned shots of HEIGHT x WIDTH pixels; pip fetches the
@@ -342,7 +342,7 @@ class DataFilm:
         rows = build_film(self.out, self.downloads, self.height, self.width, force=self.force)
         print(f'{len(rows)} shots in {self.out}')
 
-# %% ../nbs/18_cli.ipynb #8fd3291e
+# %% ../nbs/18_cli.ipynb #721b271c
 COMMANDS = {  # what it does, and what it needs: a function of its words that gives (configuration, what to do with it)
     'sample': ('turn captions into videos', lambda words: (Sample, Sample.run)),
     'train': ('train a model, or go on training it', train_command),
@@ -360,7 +360,7 @@ def overview(group: str = '') -> str:
         f'usage: snapvideo {group or "COMMAND"} ... [--debug]', '', *(f'  {name:14}{COMMANDS[name][0]}' for name in names), '',
         'snapvideo COMMAND --help lists its options, with units and defaults; --debug shows the traceback of an error.'])
 
-# %% ../nbs/18_cli.ipynb #d8fcc3ba
+# %% ../nbs/18_cli.ipynb #e987fc8a
 def choose(words: list) -> tuple:
     "(command, its arguments) from the words of a command line; ValueError names the nearest command when there is none."
     for length in (1, 2):
@@ -369,7 +369,7 @@ def choose(words: list) -> tuple:
     near = difflib.get_close_matches(said, COMMANDS, 1)
     raise ValueError(f'no command {said!r}' + (f', perhaps {near[0]!r}?' if near else '') + ' (snapvideo --help)')
 
-# %% ../nbs/18_cli.ipynb #70263e5a
+# %% ../nbs/18_cli.ipynb #6310aeec
 def do(words: list):
     "What the words of a command line say; raises whatever goes wrong. Warnings take one line each."
     if not set(words) - {'-h', '--help', 'data'}: return print(overview('data' * ('data' in words)))
@@ -381,7 +381,7 @@ def do(words: list):
         run(parse(config, options, name))
     sys.stdout.flush()
 
-# %% ../nbs/18_cli.ipynb #47d91666
+# %% ../nbs/18_cli.ipynb #a98ec1df
 def main(arguments: list | None = None) -> int:
     """The command `snapvideo`, as its exit code: 0 when all went well, 2 after one line on stderr for a mistake,
     130 when interrupted, 141 when nobody reads what it prints."""

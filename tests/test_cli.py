@@ -280,7 +280,7 @@ def test_nobody_reads_on(tmp_path):
 
 def test_interrupted(model, tmp_path):
     with subprocess.Popen([*COMMAND, *sample(model, '--steps', 100000)], cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
-        while 'denoising' not in process.stderr.read(40): assert process.poll() is None
+        while 'denoising' not in process.stderr.read(400): assert process.poll() is None  # 400: the bar stands and moves
         process.send_signal(signal.SIGINT)
         told = process.stderr.read()
     assert process.returncode == 130 and told.endswith('snapvideo: interrupted\n') and 'Traceback' not in told
