@@ -4,17 +4,19 @@
 
 # %% auto #0
 __all__ = ['MOTIONS', 'SPEEDS', 'COLOURS', 'BACKGROUNDS', 'MINI_SUBJECTS', 'FPS', 'HELD_OUT', 'GRAMMAR', 'travel', 'held_out',
-           'describe', 'article', 'data_folder', 'Scenes', 'Emoji', 'Shapes', 'Folder', 'open_data']
+           'article', 'describe', 'Programs', 'Scenes', 'Shapes', 'data_folder', 'Emoji', 'Files', 'cut', 'Folder',
+           'open_data']
 
-# %% ../nbs/01_data.ipynb #9076b9ca
+# %% ../nbs/01_data.ipynb #2cdf8af6
 import glob, inspect, json, os, warnings, zlib
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 import numpy as np
 from PIL import Image
 from .video import Clip, area_weights, image_clip, probe, read_video, resize
 
-# %% ../nbs/01_data.ipynb #e3b8e094
+# %% ../nbs/01_data.ipynb #13cad340
 MOTIONS = ('left', 'right', 'up', 'down', 'up left', 'up right', 'down left', 'down right',
            'bounce', 'orbit', 'zoom in', 'zoom out', 'shake', 'still')
 SPEEDS = ('slowly', 'quickly')
@@ -25,7 +27,7 @@ MINI_SUBJECTS = ('frog', 'pig face', 'panda', 'Christmas tree', 'jack-o-lantern'
                  'beer mug', 'mouth', 'eye', 'honeybee', 'penguin', 'closed umbrella')
 FPS = 8.
 
-# %% ../nbs/01_data.ipynb #d4ed5f5e
+# %% ../nbs/01_data.ipynb #7e7467f6
 def travel(motion: str, speed: str, seconds, phase: float = 0.) -> tuple:
     """Where a subject is and how large, `seconds` from the middle of its clip: (x, y, scale), arrays like `seconds`.
     x and y are offsets in frame widths and heights (y points down), scale multiplies the subject's size."""
@@ -39,13 +41,13 @@ def travel(motion: str, speed: str, seconds, phase: float = 0.) -> tuple:
     x, y = ('right' in motion) - ('left' in motion), ('down' in motion) - ('up' in motion)
     return x * (.16 if slow else .4) * t, y * (.2 if slow else .45) * t, still + 1
 
-# %% ../nbs/01_data.ipynb #3c8420eb
+# %% ../nbs/01_data.ipynb #f581cc82
 def held_out(subject: str, motion: str) -> bool:
     "Whether a (subject, motion) pair is kept from training: one or two of the 14 motions of every subject, by a checksum of its name."
     return (zlib.crc32(subject.encode()) + MOTIONS.index(motion)) % 10 == 0
 HELD_OUT = held_out
 
-# %% ../nbs/01_data.ipynb #10dd5c4f
+# %% ../nbs/01_data.ipynb #08028f72
 GRAMMAR = {
     'caption':   ['{who} {does} {how} {where}'],
     'image':     ['{who} {where}'],
@@ -70,42 +72,32 @@ GRAMMAR = {
     'film':      ['in a film scene', 'in front of a film scene'],
 }
 
-# %% ../nbs/01_data.ipynb #ecff2db9
+# %% ../nbs/01_data.ipynb #30533417
+def article(name: str) -> str:
+    "A noun with its article: an ant, a unicorn."
+    return ('an ' if name[0].lower() in 'aeiou' and not name.lower().startswith(('uni', 'one', 'eu')) else 'a ') + name
+
+# %% ../nbs/01_data.ipynb #9c99081c
 def describe(truth: dict, pick=lambda options: options[0]) -> str:
     "The caption of a program, in the words of `GRAMMAR`; `pick(options)` chooses among synonyms (the first of them, when not given)."
     parts = [truth] + ([truth['second']] if truth.get('second') else [])
     actors = [' '.join([article(part['subject'])] + [pick(GRAMMAR[part[k]]) for k in ('motion', 'speed') if part[k]]) for part in parts]
     return ' and '.join(actors) + ' ' + pick(GRAMMAR[truth['background']]).format(*truth['colours'])
 
-def article(name: str) -> str:
-    "A noun with its article: an ant, a unicorn."
-    return ('an ' if name[0].lower() in 'aeiou' and not name.lower().startswith(('uni', 'one', 'eu')) else 'a ') + name
-
-# %% ../nbs/01_data.ipynb #e0de9401
-def data_folder(name: str) -> Path:
-    "Where the data called `name` lies: a checkout's data/, else the user's cache. FileNotFoundError with the command that makes it."
-    cache = Path(os.environ.get('XDG_CACHE_HOME') or Path.home()/'.cache')/'snapvideo_nb'
-    places = [parent/'data'/name for parent in (Path(__file__).resolve().parent.parent, Path.cwd(), Path.cwd().parent)] + [cache/name]
-    for place in places:
-        if place.is_dir(): return place
-    raise FileNotFoundError(f'no data/{name} in this checkout and none in {cache}; make it with: snapvideo data {name} --out {cache/name}')
-
-# %% ../nbs/01_data.ipynb #89f38c3c
-class Scenes:
-    """Endless captioned clips of sprites in motion: `scenes[j]` is a `Clip`, a pure function of (seed, j), for any j >= 0.
-    `sprite(name)` gives an animation [frames, 4, side, side] uint8, alpha premultiplied. A clip plays at FPS / stride;
-    `images` is the share of clips that are stills of infinite frame rate."""
-    def __init__(self, subjects, sprite, frames=16, height=18, width=32, split='train', seed=0, motions=None, backgrounds=('plain', 'gradient'),
-                 pairs='one', images=0., stride=1, film=None):
+# %% ../nbs/01_data.ipynb #f79ae0f0
+class Programs:
+    """What happens in the clips of an endless world: `program(j)` is a pure function of (seed, j), for any j >= 0. `split`: 'train' leaves out the (subject, motion) pairs
+    that are held out, 'held_out' has only those, 'all' has both. `images` is the share of stills; a clip plays at FPS / stride. ValueError for an unknown word."""
+    def __init__(self, subjects, frames=16, height=18, width=32, split='train', seed=0, motions=None, backgrounds=('plain', 'gradient'),
+                 pairs='one', images=0., stride=1):
         allowed = {'train': lambda s, m: not held_out(s, m), 'held_out': held_out, 'all': lambda s, m: True}
         for value, known in ((split, allowed), (pairs, ('one', 'one or two')), *((m, MOTIONS) for m in motions or ()), *((b, BACKGROUNDS) for b in backgrounds)):
             if value not in known: raise ValueError(f'{value!r} is none of {", ".join(known)}')
         motions = {s: [m for m in motions or MOTIONS if allowed[split](s, m)] for s in subjects}
         self.motions = {s: m for s, m in motions.items() if m}
         if not self.motions: raise ValueError(f'no (subject, motion) pair is left in the split {split!r}')
-        self.subjects, self.sprite, self.shape, self.split, self.seed = list(self.motions), sprite, (frames, height, width), split, seed
-        self.backgrounds, self.pairs, self.images, self.film, self._boxes = tuple(backgrounds), pairs, float(images), film, {}
-        if film is None and 'film' in self.backgrounds: self.film = Folder(data_folder('film'), frames, height, width, stride=(1, 2, 3))
+        self.subjects, self.shape, self.split, self.seed = list(self.motions), (frames, height, width), split, seed
+        self.backgrounds, self.pairs, self.images = tuple(backgrounds), pairs, float(images)
         self.strides = (stride,) if isinstance(stride, int) else tuple(stride)
 
     def program(self, j: int, **fixed) -> dict:
@@ -130,6 +122,15 @@ class Scenes:
         truth['colours'] = list(fixed.get('colours', colours))[:{'plain': 1, 'gradient': 2, 'film': 0}[truth['background']]]
         truth['second'] = part(.7, .55, {}) if two else None
         return truth | dict(caption=describe(truth, pick))
+
+# %% ../nbs/01_data.ipynb #f28e473b
+class Scenes(Programs):
+    """Endless captioned clips of sprites in motion: `scenes[j]` draws `program(j)` and is a `Clip` with its truth, a pure function of (seed, j).
+    `sprite(name)` gives an animation [frames, 4, side, side] uint8, alpha premultiplied; `film` the clips of film backgrounds (data/film, when those are asked for)."""
+    def __init__(self, subjects, sprite, *sizes, film=None, **options):
+        super().__init__(subjects, *sizes, **options)
+        self.sprite, self.film, self._boxes = sprite, film, {}
+        if film is None and 'film' in self.backgrounds: self.film = Folder(data_folder('film'), *self.shape, stride=(1, 2, 3))
 
     def __getitem__(self, j): return self.clip(j)
 
@@ -190,7 +191,33 @@ class Scenes:
             picture = picture * (1 - drawn[:, 3:] / 255) + drawn[:, :3]
         return np.broadcast_to(picture, (len(i), *picture.shape[1:])).round().clip(0, 255).astype(np.uint8).transpose(0, 2, 3, 1).copy()
 
-# %% ../nbs/01_data.ipynb #a6a8bf66
+# %% ../nbs/01_data.ipynb #8a00f32f
+class Shapes(Scenes):
+    "Coloured discs, squares, triangles, rings and crosses in motion, drawn without any file: for tests and first experiments."
+    def __init__(self, frames=16, height=18, width=32, split='train', seed=0, subjects=None, **options):
+        self.sprites = {f'{colour} {shape}': self.draw(shape, rgb) for shape in ('disc', 'square', 'triangle', 'ring', 'cross')
+                        for colour, rgb in dict(red=(205, 45, 45), green=(50, 155, 75), blue=(40, 80, 190), yellow=(245, 215, 75)).items()}
+        if unknown := [s for s in subjects or () if s not in self.sprites]: raise ValueError(f'no shape called {unknown[0]!r}')
+        super().__init__(subjects or list(self.sprites), self.sprites.__getitem__, frames, height, width, split=split, seed=seed, **options)
+
+    @staticmethod
+    def draw(shape: str, rgb: tuple, side: int = 64) -> np.ndarray:
+        "One sprite [1, 4, side, side]."
+        y, x = np.mgrid[:side, :side] * 2 / (side - 1) - 1
+        r, cross = np.hypot(x, y), np.minimum(abs(x), abs(y)) < .3
+        inside = dict(disc=r < .95, square=np.maximum(abs(x), abs(y)) < .8, triangle=(y < .8) & (abs(x) < (y + .9) / 1.8), ring=(r < .95) & (r > .5), cross=cross)[shape]
+        return (np.array([*rgb, 255])[:, None, None] * inside).astype(np.uint8)[None]
+
+# %% ../nbs/01_data.ipynb #b570bb96
+def data_folder(name: str) -> Path:
+    "Where the data called `name` lies: a checkout's data/, else the user's cache. FileNotFoundError with the command that makes it."
+    cache = Path(os.environ.get('XDG_CACHE_HOME') or Path.home()/'.cache')/'snapvideo_nb'
+    places = [parent/'data'/name for parent in (Path(find_spec('snapvideo_nb').origin).resolve().parent.parent, Path.cwd(), Path.cwd().parent)] + [cache/name]
+    for place in places:
+        if place.is_dir(): return place
+    raise FileNotFoundError(f'no data/{name} in this checkout and none in {cache}; make it with: snapvideo data {name} --out {cache/name}')
+
+# %% ../nbs/01_data.ipynb #2b447447
 class Emoji(Scenes):
     """Animated emoji in motion. `subjects`: None for all that were derived, a list of names, or a number (that many of MINI_SUBJECTS).
     `folder`: where the sprites lie (data/emoji). Everything else as in `Scenes`."""
@@ -200,7 +227,7 @@ class Emoji(Scenes):
         if isinstance(subjects, int): subjects = MINI_SUBJECTS[:subjects]
         if unknown := [s for s in subjects or () if s not in self.slugs]: raise ValueError(f'no emoji called {unknown[0]!r} in {self.folder}')
         self.sprites, self.height = {}, height
-        super().__init__(subjects or list(self.slugs), self.load, frames, height, width, split, seed, **options)
+        super().__init__(subjects or list(self.slugs), self.load, frames, height, width, split=split, seed=seed, **options)
 
     def load(self, name: str) -> np.ndarray:
         "The animation of one subject [frames, 4, side, side] uint8, premultiplied, halved while it stays twice as large as it is drawn."
@@ -212,24 +239,7 @@ class Emoji(Scenes):
             self.sprites[name] = np.ascontiguousarray(resize(sprite, side, side).transpose(0, 3, 1, 2))
         return self.sprites[name]
 
-# %% ../nbs/01_data.ipynb #d7ef271d
-class Shapes(Scenes):
-    "Coloured discs, squares, triangles, rings and crosses in motion, drawn without any file: for tests and first experiments."
-    def __init__(self, frames=16, height=18, width=32, split='train', seed=0, subjects=None, **options):
-        self.sprites = {f'{colour} {shape}': self.draw(shape, rgb) for shape in ('disc', 'square', 'triangle', 'ring', 'cross')
-                        for colour, rgb in dict(red=(205, 45, 45), green=(50, 155, 75), blue=(40, 80, 190), yellow=(245, 215, 75)).items()}
-        if unknown := [s for s in subjects or () if s not in self.sprites]: raise ValueError(f'no shape called {unknown[0]!r}')
-        super().__init__(subjects or list(self.sprites), self.sprites.__getitem__, frames, height, width, split, seed, **options)
-
-    @staticmethod
-    def draw(shape: str, rgb: tuple, side: int = 64) -> np.ndarray:
-        "One sprite [1, 4, side, side]."
-        y, x = np.mgrid[:side, :side] * 2 / (side - 1) - 1
-        r, cross = np.hypot(x, y), np.minimum(abs(x), abs(y)) < .3
-        inside = dict(disc=r < .95, square=np.maximum(abs(x), abs(y)) < .8, triangle=(y < .8) & (abs(x) < (y + .9) / 1.8), ring=(r < .95) & (r > .5), cross=cross)[shape]
-        return (np.array([*rgb, 255])[:, None, None] * inside).astype(np.uint8)[None]
-
-# %% ../nbs/01_data.ipynb #9b01089d
+# %% ../nbs/01_data.ipynb #6c3a72b6
 MEDIA = set('.mp4 .m4v .mov .mkv .webm .avi .gif .mpg .mpeg .wmv .flv .ogv .ts .png .jpg .jpeg .webp .bmp .tif .tiff .ppm'.split())
 
 def local_table(path: Path) -> tuple:
@@ -246,6 +256,7 @@ def local_table(path: Path) -> tuple:
     if tables: return datasets.load_dataset('parquet', data_files=dict(train=tables), split='train'), []
     raise ValueError('there is no video, image, parquet or metadata file in it')
 
+# %% ../nbs/01_data.ipynb #09dc739c
 def open_table(name: str, split: str) -> tuple:
     "`local_table` of a path that exists, else a split of a data set of the hub. ValueError or FileNotFoundError, in one line, when it cannot be."
     import datasets
@@ -260,108 +271,120 @@ def open_table(name: str, split: str) -> tuple:
     finally:
         if not quiet: datasets.enable_progress_bars()
 
+# %% ../nbs/01_data.ipynb #42c4921c
 def pick_column(name: str, features: dict, wanted: str | None, usual: str, kinds: tuple = ()) -> str | None:
     "The column that is wanted, else the first of one of the kinds, else the first with a usual name. ValueError when the wanted one is missing."
     if wanted and wanted not in features: raise ValueError(f'{name}: no column {wanted!r}; there are {", ".join(features)}')
     typed = [c for kind in kinds for c in features if type(features[c]).__name__ == kind]
     return wanted or next(iter(typed + [c for c in usual.split() if c in features]), None)
 
-# %% ../nbs/01_data.ipynb #b0b337c8
-class Folder:
-    """A list of captioned clips made from files: a folder of videos and images (captions in metadata.csv), parquet, a saved data set, or `owner/name` on the hub.
-
-    `stride`: take every n-th frame, so that a clip's rate is its file's divided by n; of several strides each clip gets one that fits, chosen by (seed, file name, place).
-    `windows`: 'all' cuts a video into clips that follow one another, 'one' takes one from anywhere in it. An image is a video of infinite frame rate. Other shapes are
-    cropped at the centre and averaged over areas. `caption` and `video` name columns (else the usual names). `captions` has one for each clip, without decoding.
-    Each file that cannot be used, or not as it is, gives one line, as a warning and in `notes`; the last line counts them. ValueError when nothing can be used."""
-    def __init__(self, name: str | Path, frames: int = 16, height: int = 36, width: int = 64, stride=1, windows: str = 'all', caption: str | None = None,
-                 video: str | None = None, split: str = 'train', seed: int = 0):
-        self.name, self.shape, self.windows, self.seed, self.strides = str(name), (frames, height, width), windows, seed, (stride,) if isinstance(stride, int) else tuple(stride)
-        if min(*self.shape, *self.strides) < 1: raise ValueError(f'frames, height, width and stride must be at least 1, not {frames}, {height}, {width} and {stride}')
-        if windows not in ('all', 'one'): raise ValueError(f"windows must be 'all' or 'one', not {windows!r}")
-        self.notes, self.failed, self.items, self.captions = [], set(), [], []
+# %% ../nbs/01_data.ipynb #68f6c99f
+class Files:
+    """Rows of (file, caption) from a folder, a file, a saved data set or `owner/name` on the hub: `files[k]` is a path or bytes, and what to call it; `captions` has '' where
+    there is none, or is None when there is no column of them; `unlisted` are files that the metadata forgets. ValueError or FileNotFoundError when there is no such thing."""
+    def __init__(self, name: str | Path, video: str | None = None, caption: str | None = None, split: str = 'train'):
+        import datasets
+        self.name = str(Path(name).expanduser())
         table, media = open_table(self.name, split)
         self.column = pick_column(self.name, table.features, video, 'video mp4 image file_name path', ('Video', 'Image'))
         if self.column is None: raise ValueError(f'{name}: no column of videos or images; there are {", ".join(table.column_names)}')
-        self.read_table(table, pick_column(self.name, table.features, caption, 'caption text title prompt label'), media)
-
-    def read_table(self, table, column: str | None, media: list):
-        "Look at every row's file once: fill `items` with (row, start, stride), stride 0 for an image, `captions`, and `notes`."
-        import datasets
-        words, table, used, listed = self.words(table, column), table.select_columns(self.column), 0, set()
+        self.captions = self.read_captions(table, pick_column(self.name, table.features, caption, 'caption text title prompt label'))
+        table = table.select_columns(self.column)
         if getattr(table.features[self.column], 'dtype', '') == 'large_string': table = datasets.Dataset.from_dict({self.column: list(table[self.column])})
         try: self.table = table.cast_column(self.column, datasets.Video(decode=False))
-        except Exception: raise ValueError(f'{self.name}: the column {self.column!r} holds no videos or images, nor paths or bytes of them') from None
-        for k in range(len(self.table)):
-            file, name = self.file(k)
-            listed.add(os.path.realpath(name))
-            if clips := self.cut(k, file, name):
-                if column and not words[k]: self.note(name, 'no caption', 'used without')
-                self.items, self.captions, used = self.items + clips, self.captions + [words[k]] * len(clips), used + 1
-        for path in media:
-            if os.path.realpath(path) not in listed: self.note(path, 'no row in the metadata', 'left out')
-        if not self.items: raise ValueError(f'{self.name}: no clip of {self.shape[0]} frames in it ({"; ".join(self.notes[:3]) or "it has no rows"})')
-        if column is None: self.note(self.name, 'no captions', 'used without')
-        out = sum(line.endswith('; left out') for line in self.notes)
-        if self.notes: self.note(self.name, f'{len(self)} clip{"s" * (len(self) > 1)} from {used} of {used + out} files', f'{out} left out, {len(self.notes) - out} remarks on the others')
+        except Exception: raise ValueError(f'{name}: the column {self.column!r} holds no videos or images, nor paths or bytes of them') from None
+        listed = {os.path.realpath(self[k][1]) for k in range(len(self))} if media else ()
+        self.unlisted = [str(path) for path in media if os.path.realpath(path) not in listed]
 
-    def note(self, name, what: str, fate: str):
-        "Keep a line about something that is not as it should be, and warn with it."
-        self.notes.append(f'{name}: {what}; {fate}'.replace('\n', ' '))
-        warnings.warn(self.notes[-1], stacklevel=2)
-
-    def words(self, table, column: str | None) -> list:
-        "The caption of every row, '' where there is none; class numbers by their names."
-        if column is None: return [''] * len(table)
+    def read_captions(self, table, column: str | None) -> list | None:
+        "The caption of every row; a number of a class becomes its name."
+        if column is None: return None
         text = getattr(table.features[column], 'int2str', str)
         values = (v[0] if isinstance(v, list) and v else v for v in table[column])
         return ['' if v is None or v != v else ' '.join(text(v).split()) for v in values]
 
-    def file(self, k: int) -> tuple:
-        "Row k's file, a path or bytes, and what to call it."
+    def __len__(self): return len(self.table)
+
+    def __getitem__(self, k: int) -> tuple:
         row = self.table[k][self.column] or {}
         path = row.get('path') or ''
         if path and not os.path.exists(path) and (beside := Path(self.name)/path).exists(): path = str(beside)
         return row.get('bytes') or path, path or f'{self.name} row {k}'
 
-    def cut(self, k: int, file, name: str) -> list:
-        "The clips of a file."
-        (frames, height, width), start, clips = self.shape, 0, []
-        chance = np.random.default_rng([self.seed, zlib.crc32(Path(name).name.encode())])
+# %% ../nbs/01_data.ipynb #1238d92c
+def cut(count: int, frames: int, strides: tuple, windows: str, chance: np.random.Generator) -> list:
+    "Clips of `frames` frames in a video of `count`: [(first frame, stride)], one after the other ('all'), or one anywhere ('one'); each stride is drawn among those that fit."
+    start, clips = 0, []
+    while fit := [s for s in strides if start + (frames - 1) * s < count]:
+        s = fit[chance.integers(len(fit))]
+        if windows == 'one': return [(int(chance.integers(count - (frames - 1) * s)), s)]
+        clips.append((start, s))
+        start += frames * s
+    return clips
+
+# %% ../nbs/01_data.ipynb #894d7dc1
+class Folder:
+    """A list of captioned clips made from `Files`: a folder of videos and images (captions in metadata.csv), parquet, a saved data set, or `owner/name` on the hub.
+
+    `stride`: take every n-th frame, so that a clip's rate is its file's divided by n; of several strides each clip gets one that fits, chosen by (seed, file name, place).
+    `windows`: 'all' cuts a video into clips that follow one another, 'one' takes one from anywhere in it. An image is a video of infinite frame rate. Other shapes are
+    cropped at the centre and averaged over areas. `caption` and `video` name columns (else the usual names). `captions` has one for each clip, without decoding.
+    Each file that cannot be used, or not as it is, gives one line, as a warning and in `notes`; the last line counts them. ValueError when nothing can be used."""
+    def __init__(self, name: str | Path, frames: int = 16, height: int = 36, width: int = 64, stride: int | tuple = 1, windows: str = 'all',
+                 caption: str | None = None, video: str | None = None, split: str = 'train', seed: int = 0):
+        self.shape, self.windows, self.seed, self.strides = (frames, height, width), windows, seed, (stride,) if isinstance(stride, int) else tuple(stride)
+        if not self.strides or min(*self.shape, *self.strides) < 1: raise ValueError(f'frames, height, width and stride must be at least 1, not {frames}, {height}, {width} and {stride}')
+        if windows not in ('all', 'one'): raise ValueError(f"windows must be 'all' or 'one', not {windows!r}")
+        self.files, self.notes, self.failed, self.items, self.captions = Files(name, video, caption, split), [], set(), [], []
+        used = sum(self.add(k) for k in range(len(self.files)))
+        for path in self.files.unlisted: self.note(path, 'no row in the metadata', 'left out')
+        if not self.items: raise ValueError(f'{name}: no clip of {frames} frames in it ({"; ".join(self.notes[:3]) or "it has no rows"})')
+        if self.files.captions is None: self.note(name, 'no captions', 'used without')
+        out = sum(line.endswith('; left out') for line in self.notes)
+        if self.notes: self.note(name, f'{len(self)} clip{"s" * (len(self) > 1)} from {used} of {used + out} files', f'{out} left out, {len(self.notes) - out} remarks on the others')
+
+    def note(self, name, what: str, fate: str):
+        "Keep a line about something that is not as it should be, and warn with it."
+        self.notes.append(f'{name}: {what.removeprefix(f"{name}: ")}; {fate}'.replace('\n', ' '))
+        warnings.warn(self.notes[-1], stacklevel=2)
+
+    def add(self, k: int) -> bool:
+        "Look at file k; add its clips to `items`, as (file, first frame, stride), stride 0 for an image, and their captions; or say why not."
+        (frames, height, width), (file, name) = self.shape, self.files[k]
         try: count, rate, (h, w) = probe(file, name)
-        except (ValueError, FileNotFoundError) as error: return self.note(name, str(error).removeprefix(f'{name}: '), 'left out')
-        if (least := (frames - 1) * min(self.strides) + 1) > count and rate < float('inf'): return self.note(name, f'too short, {count} of {least} frames', 'left out')
-        scale = min(h / height, w / width)
-        if scale < 1 or scale**2 * height * width < .9 * h * w: self.note(name, f'{h}x{w} pixels', 'enlarged' if scale < 1 else f'cropped to the shape of {height}x{width}')
-        if rate == float('inf'): return [(k, 0, 0)]
-        while fit := [s for s in self.strides if start + (frames - 1) * s < count]:
-            s = fit[chance.integers(len(fit))]
-            if self.windows == 'one': return [(k, int(chance.integers(count - (frames - 1) * s)), s)]
-            clips.append((k, start, s))
-            start += frames * s
-        return clips
+        except (ValueError, FileNotFoundError) as error: return bool(self.note(name, str(error), 'left out'))
+        chance = np.random.default_rng([self.seed, zlib.crc32(Path(name).name.encode())])
+        clips = [(0, 0)] if rate == float('inf') else cut(count, frames, self.strides, self.windows, chance)
+        if not clips: return bool(self.note(name, f'too short, {count} of {(frames - 1) * min(self.strides) + 1} frames', 'left out'))
+        scale, words = min(h / height, w / width), self.files.captions[k] if self.files.captions else ''
+        fate = ['enlarged'] * (scale < 1) + [f'cropped to the shape of {height}x{width}'] * (scale**2 * height * width < .9 * h * w)
+        if fate: self.note(name, f'{h}x{w} pixels', ' and '.join(fate))
+        if self.files.captions and not words: self.note(name, 'no caption', 'used without')
+        self.items.extend((k, *clip) for clip in clips)
+        self.captions.extend([words] * len(clips))
+        return True
 
     def __len__(self): return len(self.items)
 
     def __getitem__(self, j: int) -> Clip:
         "Clip j. Where a file proves broken only now, a warning names it, and the next clip that can be read stands in."
-        if not -len(self) <= j < len(self): raise IndexError(f'{self.name} has {len(self)} clips and no clip {j}')
+        if not -len(self) <= j < len(self): raise IndexError(f'{self.files.name} has {len(self)} clips and no clip {j}')
         for place in ((j + n) % len(self) for n in range(len(self))):
             (k, start, stride), (frames, *size) = self.items[place], self.shape
-            file, name = self.file(k)
+            file, name = self.files[k]
             try: clip = read_video(file, frames if stride else 1, start, stride or 1, size, name)
             except (ValueError, FileNotFoundError) as error:
-                if k not in self.failed: self.note(name, str(error).removeprefix(f'{name}: '), 'the next clip stands in')
+                if k not in self.failed: self.note(name, str(error), 'the next clip stands in')
                 self.failed.add(k)
             else: return replace(clip if stride else image_clip(clip.frames[0], frames, size=clip.size, source=clip.source), caption=self.captions[place])
-        raise ValueError(f'{self.name}: none of its files can be read any more')
+        raise ValueError(f'{self.files.name}: none of its files can be read any more')
 
-# %% ../nbs/01_data.ipynb #9ff87aa7
+# %% ../nbs/01_data.ipynb #ebc8c628
 def open_data(name: str, frames: int = 16, height: int = 18, width: int = 32, **options):
     """A data set by name: 'emoji', 'shapes', 'film', or what `Folder` takes: a path, or owner/name on the hub. `options` are those of `Emoji`, `Shapes` or `Folder`.
 
     ValueError for an option that the set does not have; FileNotFoundError for data that are not there, with what to do."""
     kind = dict(emoji=Emoji, shapes=Shapes).get(name, Folder)
-    known = [p for c in (kind, *kind.__bases__) if c is not object for p in inspect.signature(c).parameters if p not in ('name', 'sprite', 'options')]
+    known = [p for c in kind.__mro__[:-1] for p in inspect.signature(c).parameters if p not in ('name', 'sprite', 'sizes', 'options')]
     if unknown := [o for o in options if o not in known]: raise ValueError(f'{name} has no option {unknown[0]!r}; there are {", ".join(dict.fromkeys(known))}')
     return kind(*[data_folder('film') if name == 'film' else name] * (kind is Folder), frames, height, width, **options)
