@@ -154,7 +154,7 @@ def _keep(module, path):
     save_file({key: weight.half() for key, weight in module.state_dict().items()}, temporary := path.with_suffix(f'.{uuid.uuid4().hex}.tmp'))
     os.replace(temporary, path)
 
-# %% ../nbs/13_metrics.ipynb #9efc4e1e
+# %% ../nbs/13_metrics.ipynb #0a6eaca9
 class CaptionJudge(nn.Module):
     """Reads background, motion, speed and subject off clips [b, 3, frames, height, width] of one subject on a plain or gradient background, and the
     subject once more from its shape alone. Trained on real clips of `scenes`, all (subject, motion) pairs, drawn with a `seed` that must not be used for
@@ -165,7 +165,7 @@ class CaptionJudge(nn.Module):
         super().__init__()
         self.subjects, self.size, self.moves = list(subjects), (frames, height, width), [(m, s) for m in MOTIONS for s in (SPEEDS if m != 'still' else (None,))]
         self.real, steps = lambda seed: scenes(frames, height, width, split='all', seed=seed, subjects=self.subjects, **options), (clips, motion_steps, subject_steps, shape_steps)
-        sample = hashlib.sha256(b''.join(self.real(seed)[j].frames.tobytes() for j in range(16))).hexdigest()
+        sample = [(clip.caption, round(clip.frames.mean())) for clip in map(self.real(seed).__getitem__, range(8))]
         self.config = dict(version=2, subjects=self.subjects, size=self.size, seed=seed, steps=steps, data=sample)
         path = folder and Path(folder)/f'judge-{hashlib.sha256(json.dumps(self.config).encode()).hexdigest()[:12]}.safetensors'
         with torch.random.fork_rng([]):
