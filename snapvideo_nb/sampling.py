@@ -6,7 +6,7 @@
 __all__ = ['SOLVERS', 'noise_levels', 'State', 'Denoise', 'euler_step', 'heun_step', 'solve', 'GuidedBatch', 'seeded_noise',
            'sample']
 
-# %% ../nbs/08_sampling.ipynb #28bcabe0
+# %% ../nbs/08_sampling.ipynb #aca7792f
 from collections.abc import Callable
 from operator import index
 from typing import NamedTuple
@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from .blocks import Conditions
 
-# %% ../nbs/08_sampling.ipynb #fc79cb7e
+# %% ../nbs/08_sampling.ipynb #8f64fc5a
 def noise_levels(steps: int, sigma_min: float = .002, sigma_max: float = 80., rho: float = 7.) -> Float[Tensor, 'n']:
     """EDM's grid, [steps + 1] in float64: `steps` levels from sigma_max to sigma_min, even in sigma^(1/rho), and a final 0.
 
@@ -28,7 +28,7 @@ def noise_levels(steps: int, sigma_min: float = .002, sigma_max: float = 80., rh
     levels = (top + torch.linspace(0, 1, steps, dtype=torch.float64)*(bottom - top))**rho
     return torch.cat([levels, levels.new_zeros(1)])
 
-# %% ../nbs/08_sampling.ipynb #cab2d6c0
+# %% ../nbs/08_sampling.ipynb #c0e82d43
 class State(NamedTuple):
     """Where a sampler stands: `x` [b, ...] float64 on the scaled process, the `latents` of the last evaluation (None: none yet, or a
     network without them), and `denoised`, the estimate D(x; sigma) of the clip with which the last step began."""
@@ -36,7 +36,7 @@ class State(NamedTuple):
     latents: Tensor | None = None
     denoised: Tensor | None = None
 
-# %% ../nbs/08_sampling.ipynb #4ebacad9
+# %% ../nbs/08_sampling.ipynb #b217d433
 class Denoise:
     """What a solver calls: `denoise(state, x, sigma) -> (slope, State)`: the slope dx/dsigma = (x - D/sigma_in)/sigma of the
     probability-flow ODE, and the state with this evaluation's latents and estimate (its x is still the step's start).
@@ -48,13 +48,13 @@ class Denoise:
         denoised, latents = self.denoiser(x, sigma, state.latents)
         return (x - denoised.double()/self.sigma_in)/sigma, State(state.x, latents, denoised)
 
-# %% ../nbs/08_sampling.ipynb #035ffe36
+# %% ../nbs/08_sampling.ipynb #c5fbf3f2
 def euler_step(denoise: Denoise, state: State, sigma: float, sigma_next: float) -> State:
     "One first-order step: along the slope at `sigma`. One evaluation."
     slope, here = denoise(state, state.x, sigma)
     return here._replace(x=state.x + (sigma_next - sigma)*slope)
 
-# %% ../nbs/08_sampling.ipynb #d4b6dcb8
+# %% ../nbs/08_sampling.ipynb #523b1384
 def heun_step(denoise: Denoise, state: State, sigma: float, sigma_next: float) -> State:
     "One second-order step, the paper's: along the mean of the slopes at both ends. Two evaluations, but one if it ends at 0."
     slope, here = denoise(state, state.x, sigma)
@@ -63,10 +63,10 @@ def heun_step(denoise: Denoise, state: State, sigma: float, sigma_next: float) -
     slope_next, there = denoise(here, euler, sigma_next)
     return there._replace(x=state.x + (sigma_next - sigma)*(slope + slope_next)/2, denoised=here.denoised)
 
-# %% ../nbs/08_sampling.ipynb #be4c8c1f
+# %% ../nbs/08_sampling.ipynb #69b5557f
 SOLVERS = {'heun': heun_step, 'euler': euler_step}
 
-# %% ../nbs/08_sampling.ipynb #fcfbd8d5
+# %% ../nbs/08_sampling.ipynb #f8667068
 def solve(denoise: Denoise, x: Float[Tensor, 'b ...'], levels: Float[Tensor, 'n'], solver: Callable = heun_step,
           callback: Callable | None = None) -> Float[Tensor, 'b ...']:
     """Follow the probability-flow ODE from `x` at levels[0] to levels[-1]: float64, on the scaled process (times sigma_in: a clip).
@@ -83,7 +83,7 @@ def solve(denoise: Denoise, x: Float[Tensor, 'b ...'], levels: Float[Tensor, 'n'
         state = after
     return state.x
 
-# %% ../nbs/08_sampling.ipynb #25ee8baa
+# %% ../nbs/08_sampling.ipynb #8b2ce71e
 class GuidedBatch:
     """The model as a denoiser (x, sigma, latents) -> (D, latents) for a list of captions, with guidance, in micro-batches of one size.
 
@@ -119,13 +119,13 @@ class GuidedBatch:
         denoised, latents = zip(*done)
         return torch.cat(denoised)[:len(x)], None if latents[0] is None else torch.cat(latents, 1)[:, :len(x)]
 
-# %% ../nbs/08_sampling.ipynb #e2b2edad
+# %% ../nbs/08_sampling.ipynb #3c595565
 def seeded_noise(seeds: list[int], shape) -> Float[Tensor, 'b ...']:
     "Standard normal noise [b, *shape] in float64, each sample from its own seed alone, drawn on the CPU for every device."
     generators = [torch.Generator().manual_seed(index(seed)) for seed in seeds]
     return torch.stack([torch.randn(shape, generator=generator, dtype=torch.float64) for generator in generators])
 
-# %% ../nbs/08_sampling.ipynb #fd2fbbcd
+# %% ../nbs/08_sampling.ipynb #0e053c8f
 @torch.no_grad()
 def sample(model, prompts: list[str], seeds: list[int] | None = None, steps: int = 64, guidance: float = 0., solver: str | Callable = 'heun',
            fps=None, size=None, sigma_min: float = .002, sigma_max: float = 80., rho: float = 7., micro_batch: int = 1,
