@@ -154,14 +154,14 @@ def _keep(module, path):
     save_file({key: weight.half() for key, weight in module.state_dict().items()}, temporary := path.with_suffix(f'.{uuid.uuid4().hex}.tmp'))
     os.replace(temporary, path)
 
-# %% ../nbs/13_metrics.ipynb #0a6eaca9
+# %% ../nbs/13_metrics.ipynb #474c1ad8
 class CaptionJudge(nn.Module):
     """Reads background, motion, speed and subject off clips [b, 3, frames, height, width] of one subject on a plain or gradient background, and the
     subject once more from its shape alone. Trained on real clips of `scenes`, all (subject, motion) pairs, drawn with a `seed` that must not be used for
     what is judged; with `folder` the weights are kept there.
     """
     def __init__(self, subjects=MINI_SUBJECTS, frames: int = 16, height: int = 18, width: int = 32, seed: int = 1_402_797, folder: str | Path | None = None,
-                 scenes=Emoji, clips: int = 2000, motion_steps: int = 800, subject_steps: int = 250, shape_steps: int = 450, **options):
+                 scenes=Emoji, clips: int = 2000, motion_steps: int = 800, subject_steps: int = 250, shape_steps: int = 900, **options):
         super().__init__()
         self.subjects, self.size, self.moves = list(subjects), (frames, height, width), [(m, s) for m in MOTIONS for s in (SPEEDS if m != 'still' else (None,))]
         self.real, steps = lambda seed: scenes(frames, height, width, split='all', seed=seed, subjects=self.subjects, **options), (clips, motion_steps, subject_steps, shape_steps)
