@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MOTIONS', 'SPEEDS', 'COLOURS', 'BACKGROUNDS', 'MINI_SUBJECTS', 'FPS', 'HELD_OUT', 'GRAMMAR', 'travel', 'held_out',
-           'article', 'describe', 'Programs', 'Scenes', 'Shapes', 'data_folder', 'Emoji', 'Files', 'cut', 'Folder',
-           'open_data']
+           'article', 'describe', 'Programs', 'Places', 'Scenes', 'Shapes', 'data_folder', 'Emoji', 'Files', 'cut',
+           'Folder', 'open_data']
 
 # %% ../nbs/01_data.ipynb #2cdf8af6
 import glob, inspect, json, os, warnings, zlib
@@ -84,7 +84,7 @@ def describe(truth: dict, pick=lambda options: options[0]) -> str:
     actors = [' '.join([article(part['subject'])] + [pick(GRAMMAR[part[k]]) for k in ('motion', 'speed') if part[k]]) for part in parts]
     return ' and '.join(actors) + ' ' + pick(GRAMMAR[truth['background']]).format(*truth['colours'])
 
-# %% ../nbs/01_data.ipynb #f79ae0f0
+# %% ../nbs/01_data.ipynb #36b174c0
 class Programs:
     """What happens in the clips of an endless world: `program(j)` is a pure function of (seed, j), for any j >= 0. `split`: 'train' leaves out the (subject, motion) pairs
     that are held out, 'held_out' has only those, 'all' has both. `images` is the share of stills; a clip plays at FPS / stride. ValueError for an unknown word."""
@@ -99,6 +99,8 @@ class Programs:
         self.subjects, self.shape, self.split, self.seed = list(self.motions), (frames, height, width), split, seed
         self.backgrounds, self.pairs, self.images = tuple(backgrounds), pairs, float(images)
         self.strides = (stride,) if isinstance(stride, int) else tuple(stride)
+        if min(*self.shape, *self.strides) < 1 or seed < 0 or not 0 <= images <= 1:
+            raise ValueError(f'frames, height, width and stride must be at least 1, seed at least 0, images from 0 to 1, not {frames}, {height}, {width}, {stride}, {seed}, {images}')
 
     def program(self, j: int, **fixed) -> dict:
         "What happens in clip j, before a pixel is drawn; keywords (subject, motion, speed, background, colours ...) replace what chance chose."
@@ -123,13 +125,41 @@ class Programs:
         truth['second'] = part(.7, .55, {}) if two else None
         return truth | dict(caption=describe(truth, pick))
 
-# %% ../nbs/01_data.ipynb #f28e473b
-class Scenes(Programs):
+# %% ../nbs/01_data.ipynb #da0baee6
+class Places(Programs):
+    """Programs whose subjects have pictures, so that the truth about every frame is known. `sprite(name)` gives an animation [frames, 4, side, side] uint8, alpha premultiplied."""
+    def __init__(self, subjects, sprite, *sizes, **options):
+        super().__init__(subjects, *sizes, **options)
+        self.sprite, self._boxes = sprite, {}
+
+    def pose(self, part: dict, i: np.ndarray) -> np.ndarray:
+        "Which frames of the subject's own animation frames i show."
+        return (part['start'] + i * part['stride'] * bool(part['motion'])) % len(self.sprite(part['subject']))
+
+    def boxes(self, subject: str) -> np.ndarray:
+        "Tight boxes of a sprite's frames [frames, 4], in sides from its centre."
+        if subject not in self._boxes:
+            alpha = self.sprite(subject)[:, 3] > 64
+            (x0, x1), (y0, y1) = ((a.argmax(1), a.shape[1] - a[:, ::-1].argmax(1)) for a in (alpha.any(1), alpha.any(2)))
+            self._boxes[subject] = np.stack([x0, y0, x1, y1], 1) / alpha.shape[-1] - .5
+        return self._boxes[subject]
+
+    def place(self, part: dict, i: np.ndarray) -> dict:
+        "The truth about frames i of a subject: path [T, 2] of its centre (x, y), side [T] in frame heights, tight boxes [T, 4] (x0, y0, x1, y1)."
+        frames, height, width = self.shape
+        seconds = (i - (frames - 1) / 2) / part['fps'] if part['motion'] else 0. * i
+        x, y, scale = travel(part['motion'] or 'still', part['speed'], seconds, part['phase'])
+        path, side = np.stack([part['x'] + x, part['y'] + y], -1), part['size'] * scale
+        boxes = self.boxes(part['subject'])[self.pose(part, i)] * side[:, None] * [height / width, 1, height / width, 1] + np.tile(path, 2)
+        return dict(path=path.astype(np.float32), side=side.astype(np.float32), boxes=boxes.astype(np.float32))
+
+# %% ../nbs/01_data.ipynb #eea186eb
+class Scenes(Places):
     """Endless captioned clips of sprites in motion: `scenes[j]` draws `program(j)` and is a `Clip` with its truth, a pure function of (seed, j).
     `sprite(name)` gives an animation [frames, 4, side, side] uint8, alpha premultiplied; `film` the clips of film backgrounds (data/film, when those are asked for)."""
     def __init__(self, subjects, sprite, *sizes, film=None, **options):
-        super().__init__(subjects, *sizes, **options)
-        self.sprite, self.film, self._boxes = sprite, film, {}
+        super().__init__(subjects, sprite, *sizes, **options)
+        self.film = film
         if film is None and 'film' in self.backgrounds: self.film = Folder(data_folder('film'), *self.shape, stride=(1, 2, 3))
 
     def __getitem__(self, j): return self.clip(j)
@@ -144,27 +174,6 @@ class Scenes(Programs):
     def frame(self, j: int, i: int) -> np.ndarray:
         "Frame i of clip j [H, W, 3], drawn without the others."
         return self.render(self.program(j), np.array([i]))[0]
-
-    def pose(self, part: dict, i: np.ndarray) -> np.ndarray:
-        "Which frames of the subject's own animation frames i show."
-        return (part['start'] + i * part['stride'] * bool(part['motion'])) % len(self.sprite(part['subject']))
-
-    def place(self, part: dict, i: np.ndarray) -> dict:
-        "The truth about frames i of a subject: path [T, 2] of its centre (x, y), side [T] in frame heights, tight boxes [T, 4] (x0, y0, x1, y1)."
-        frames, height, width = self.shape
-        seconds = (i - (frames - 1) / 2) / part['fps'] if part['motion'] else 0. * i
-        x, y, scale = travel(part['motion'] or 'still', part['speed'], seconds, part['phase'])
-        path, side = np.stack([part['x'] + x, part['y'] + y], -1), part['size'] * scale
-        boxes = self.boxes(part['subject'])[self.pose(part, i)] * side[:, None] * [height / width, 1, height / width, 1] + np.tile(path, 2)
-        return dict(path=path.astype(np.float32), side=side.astype(np.float32), boxes=boxes.astype(np.float32))
-
-    def boxes(self, subject: str) -> np.ndarray:
-        "Tight boxes of a sprite's frames [frames, 4], in sides from its centre."
-        if subject not in self._boxes:
-            alpha = self.sprite(subject)[:, 3] > 64
-            (x0, x1), (y0, y1) = ((a.argmax(1), a.shape[1] - a[:, ::-1].argmax(1)) for a in (alpha.any(1), alpha.any(2)))
-            self._boxes[subject] = np.stack([x0, y0, x1, y1], 1) / alpha.shape[-1] - .5
-        return self._boxes[subject]
 
     def backdrop(self, truth: dict, i: np.ndarray) -> np.ndarray:
         "The background of frames i, [T or 1, 3, H, W] float."

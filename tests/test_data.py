@@ -66,7 +66,7 @@ def test_a_caption_names_what_the_program_does():
 
 @pytest.mark.parametrize('options, line', [(dict(split='test'), "'test' is none of train"), (dict(motions=['fly']), "'fly' is none of left"),
                                            (dict(subjects=['unicorn']), "'unicorn'"), (dict(subjects=['red disc'], motions=['left'], split='held_out'), 'no .* pair'),
-                                           (dict(wings=2), "no option 'wings'")])
+                                           (dict(wings=2), "no option 'wings'"), (dict(seed=-1), 'seed at least 0'), (dict(stride=0), 'at least 1'), (dict(images=2), 'from 0 to 1')])
 def test_what_the_shapes_cannot_do(options, line):
     with pytest.raises(ValueError, match=line): open_data('shapes', **options)
 
