@@ -20,8 +20,10 @@ def input_scale(frames: int, width: int) -> float:
     if frames <= 0 or width <= 0: raise ValueError(f'frames and width must be positive, got {frames} and {width}')
     return width / 64 * math.sqrt(frames)
 
-# %% ../nbs/02_diffusion.ipynb #1133e9ca
-def widen(x): return x.float() if isinstance(x, Tensor) and x.dtype != torch.float64 else x
+# %% ../nbs/02_diffusion.ipynb #cff83797
+def widen(x):
+    "Tensors in float32 at least; numbers and float64 as they are."
+    return x.float() if isinstance(x, Tensor) and x.dtype != torch.float64 else x
 
 def columns(sigma: float | Float[Tensor, "b"], like: Float[Tensor, "b ..."]) -> Float[Tensor, "b ..."]:
     "`sigma` (a number or one value per sample) as [B, 1, 1, ...] beside `like`, in its precision but float32 at least; `ValueError` for other shapes."
