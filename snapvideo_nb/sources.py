@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SOURCES', 'FILM_NOTICE', 'Source', 'fetch', 'emoji_names', 'emoji_sprite', 'write_sprite', 'build_emoji',
-           'film_video', 'film_frames', 'find_cuts', 'film_shots', 'build_film']
+           'film_video', 'film_frames', 'frame_change', 'find_cuts', 'film_shots', 'build_film']
 
-# %% ../nbs/01b_sources.ipynb #066f4939
+# %% ../nbs/01b_sources.ipynb #f685089f
 import csv, hashlib, io, json, os, re, shutil, subprocess, sys, tarfile, tempfile, zipfile
 from dataclasses import dataclass
 from importlib.resources import files
@@ -14,11 +14,12 @@ from pathlib import Path
 
 import av, numpy as np
 from av.video.reformatter import Interpolation
+from numpy.lib.stride_tricks import sliding_window_view
 from PIL import Image
 from tqdm.auto import tqdm
 from .video import write_video
 
-# %% ../nbs/01b_sources.ipynb #e99a65aa
+# %% ../nbs/01b_sources.ipynb #526b8219
 @dataclass(frozen=True)
 class Source:
     "One file of a public package: the client that fetches it (`npm` or `pip`), the pinned name, the file's name and how its sha256 begins."
@@ -32,18 +33,18 @@ SOURCES = {f'emoji {i}': Source('npm', f'@lobehub/fluent-emoji-anim-{i}@1.0.0', 
     'emoji names': Source('npm', 'emojibase-data@17.0.0', 'emojibase-data-17.0.0.tgz', 'd01d0e2ca4e22cb4'),
     'film': Source('pip', 'moviepy==2.2.1', 'moviepy-2.2.1.tar.gz', 'c80cb56815ece94e')}
 
-# %% ../nbs/01b_sources.ipynb #33666b50
+# %% ../nbs/01b_sources.ipynb #249133f9
 def _cache():
     return Path(os.environ.get('XDG_CACHE_HOME') or Path.home()/'.cache')/'snapvideo-nb'/'downloads'
 
 def _client(source, folder):
     if source.client == 'npm':
-        return ['npm', 'pack', source.name, '--pack-destination', str(folder)] if shutil.which('npm') else None
+        return [shutil.which('npm'), 'pack', source.name, '--pack-destination', str(folder)] if shutil.which('npm') else None
     pip = [sys.executable, '-m', 'pip']
     if subprocess.run([*pip, '--version'], capture_output=True).returncode: pip = [shutil.which('pip')]
     return [*pip, 'download', '--no-deps', '--no-binary=:all:', '--dest', str(folder), source.name] if pip[0] else None
 
-# %% ../nbs/01b_sources.ipynb #61af3168
+# %% ../nbs/01b_sources.ipynb #5b6b2c2c
 def fetch(name: str, downloads=None) -> Path:
     """The file of `SOURCES[name]`: taken from the folder `downloads` (the user's cache unless given), fetched into it by the package's own client when it is not there.
 
@@ -54,6 +55,7 @@ def fetch(name: str, downloads=None) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         command = _client(source, folder)
         if command is None: raise FileNotFoundError(f'{path} is missing and there is no {source.client} here to fetch {source.name}: install {source.client}, or put the file there')
+        print(f'fetching {source.name} with {source.client} into {folder}', file=sys.stderr)
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode or not path.exists():
             reason = next((line for line in reversed(done.stderr.splitlines()) if line.strip()), 'no file came')
@@ -62,7 +64,7 @@ def fetch(name: str, downloads=None) -> Path:
     if not digest.startswith(source.sha256): raise ValueError(f'{path} is not the pinned {source.name}: its sha256 starts with {digest[:16]}, not {source.sha256}; delete it and try again')
     return path
 
-# %% ../nbs/01b_sources.ipynb #8c6f765d
+# %% ../nbs/01b_sources.ipynb #1f811122
 TONES = {'1f3fb', '1f3fc', '1f3fd', '1f3fe', '1f3ff'}
 
 def _key(hexcode):
@@ -71,13 +73,13 @@ def _key(hexcode):
 def _slug(name):
     return re.sub('[^a-z0-9]+', '-', name.lower().replace('’', '')).strip('-')
 
-# %% ../nbs/01b_sources.ipynb #a07345fd
+# %% ../nbs/01b_sources.ipynb #d1c0051b
 def emoji_names(path) -> dict:
     "hexcode (lower case, without fe0f) -> English name, from the archive of emojibase-data at `path`."
     with tarfile.open(path) as archive: entries = json.load(archive.extractfile('package/en/compact.json'))
     return {_key(e['hexcode']): e['label'] for entry in entries for e in [entry, *entry.get('skins', [])]}
 
-# %% ../nbs/01b_sources.ipynb #da105997
+# %% ../nbs/01b_sources.ipynb #9bf320dc
 def emoji_sprite(data: bytes, size: int = 72, frames: int = 16) -> tuple:
     """(`frames` RGBA images of size x size spread evenly over the loop, seconds of the loop) of an animated image; (None, 0.) when it does not move.
 
@@ -85,7 +87,7 @@ def emoji_sprite(data: bytes, size: int = 72, frames: int = 16) -> tuple:
     image = Image.open(io.BytesIO(data))
     count = getattr(image, 'n_frames', 1)
     if count < frames: return None, 0.
-    loop, kept, left, top, right, bottom = [], [], *image.size, 0, 0
+    loop, kept = [], []
     for i in range(count):
         image.seek(i); frame = image.convert('RGBA'); loop.append(image.info.get('duration', 0))
         if i in {k*count//frames for k in range(frames)}: kept.append(frame)
@@ -95,13 +97,13 @@ def emoji_sprite(data: bytes, size: int = 72, frames: int = 16) -> tuple:
     x, y = (left + right - side)//2, (top + bottom - side)//2
     return [f.crop((x, y, x + side, y + side)).resize((size, size), Image.Resampling.LANCZOS) for f in kept], sum(loop)/1000
 
-# %% ../nbs/01b_sources.ipynb #f39d16fe
+# %% ../nbs/01b_sources.ipynb #83ef13a4
 def _write(path, data):
     path = Path(path); data = data.encode() if isinstance(data, str) else data
     with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f'.{path.name}.', delete=False) as file: file.write(data)
     os.chmod(file.name, 0o644); os.replace(file.name, path)
 
-# %% ../nbs/01b_sources.ipynb #f5ce6884
+# %% ../nbs/01b_sources.ipynb #73b3e7ed
 def write_sprite(path, images: list, seconds: float, quality: int = 80):
     "Write RGBA images as one endless animated WebP, `seconds` long, colour at `quality`, alpha lossless. Raises RuntimeError when the file does not hold every frame."
     ends = [round(1000*seconds*k/len(images)) for k in range(len(images) + 1)]
@@ -110,7 +112,7 @@ def write_sprite(path, images: list, seconds: float, quality: int = 80):
     if Image.open(data).n_frames != len(images): raise RuntimeError(f'{path}: two equal frames were merged')
     _write(path, data.getvalue())
 
-# %% ../nbs/01b_sources.ipynb #84129dc0
+# %% ../nbs/01b_sources.ipynb #b502f2b4
 EMOJI_NOTICE = """These sprites are derived (decoded, thinned out in time, cropped, made smaller, encoded again) from animated emoji of public packages.
 
 Artwork: the animated emoji of Microsoft's Fluent Emoji project, Copyright (c) Microsoft Corporation. Microsoft publishes the static set of that project
@@ -149,7 +151,7 @@ OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE
 SOFTWARE.
 """
 
-# %% ../nbs/01b_sources.ipynb #f5731d3e
+# %% ../nbs/01b_sources.ipynb #5b77cfec
 def build_emoji(out, downloads=None, size: int = 72, frames: int = 16, packages=(1,), quality: int = 80, force: bool = False) -> list:
     """Write the animated emoji of the packages (1 to 4; without skin-tone variants) to the folder `out`; return and write its table `subjects.json`.
 
@@ -174,14 +176,14 @@ def build_emoji(out, downloads=None, size: int = 72, frames: int = 16, packages=
     _write(out/'subjects.json', json.dumps(table, indent=0, ensure_ascii=False) + '\n')
     return table
 
-# %% ../nbs/01b_sources.ipynb #225d693a
+# %% ../nbs/01b_sources.ipynb #8d9ac3b8
 def film_video(downloads=None) -> io.BytesIO:
     "Big Buck Bunny (H.264, 1280x720, 24 fps, 14,315 frames) as it lies in its package, an archive in an archive. Errors as in `fetch`."
     with tarfile.open(fetch('film', downloads)) as archive:
         member = next(m for m in archive if m.name.endswith('moviepy_10_minutes.zip'))
         with zipfile.ZipFile(archive.extractfile(member)) as inner: return io.BytesIO(inner.read(next(n for n in inner.namelist() if n.endswith('resources/bbb.mp4'))))
 
-# %% ../nbs/01b_sources.ipynb #505305e9
+# %% ../nbs/01b_sources.ipynb #0e8dd84c
 def film_frames(height: int = 36, width: int = 64, downloads=None, start: int = 0, stop: int | None = None):
     "The film's frames [H, W, 3] uint8 one by one from `start` to before `stop`, averaged over each pixel's area: 35 s for the whole film on two cores."
     with av.open(film_video(downloads)) as film:
@@ -191,20 +193,27 @@ def film_frames(height: int = 36, width: int = 64, downloads=None, start: int = 
             if stop is not None and i >= stop: return
             if i >= start: yield frame.reformat(width, height, 'rgb24', interpolation=Interpolation.AREA).to_ndarray()
 
-# %% ../nbs/01b_sources.ipynb #34751f54
-def find_cuts(frames, least: float = 8., above: float = 2.5, window: int = 12, lasting: float = 20.) -> list[int]:
-    """The first frames of new shots: where the mean change of a pixel (0 to 255) from the frame before exceeds `least`, stands out from the changes of
-    `window` frames on both sides (`above` times their median, and 1.6 times all but two of them), and lasts: three frames on, the picture still differs
-    by `lasting` from four frames before. Fades and dissolves are not found."""
-    x = np.asarray(frames, np.float32)
-    change, cuts = np.r_[0, np.abs(np.diff(x, axis=0)).mean((1, 2, 3))], []
-    for i in range(1, len(x)):
-        near = np.sort(np.r_[change[max(1, i - window):i], change[i + 1:i + 1 + window]])
-        if change[i] > least and len(near) > 2 and change[i] > above*np.median(near) + 4 and change[i] > 1.6*near[-3]:
-            if np.abs(x[min(i + 3, len(x) - 1)] - x[max(i - 4, 0)]).mean() > lasting: cuts.append(i)
-    return cuts
+# %% ../nbs/01b_sources.ipynb #3d9ef90a
+def frame_change(frames) -> np.ndarray:
+    "d [T]: the mean absolute difference (0 to 255) of each frame [H, W, 3] to the one before it, 0 for the first; `frames` may be a generator."
+    last, change = None, []
+    for frame in frames:
+        frame = np.asarray(frame, np.float32)
+        change.append(0. if last is None else float(np.abs(frame - last).mean()))
+        last = frame
+    return np.array(change)
 
-# %% ../nbs/01b_sources.ipynb #93b613f1
+# %% ../nbs/01b_sources.ipynb #483d2af2
+def find_cuts(change, least: float = 8., ratio: float = 2., near: int = 3, window: int = 12) -> list[int]:
+    """The first frames of new shots, from `frame_change`: where it exceeds the median of `window` frames on both sides by `least` (0 to 255) and is more than `ratio` times
+    each of the `near` frames on both sides, which must be there. Fades, dissolves and one-frame flashes are not found."""
+    change = np.asarray(change, float)
+    def around(width, outside): return np.delete(sliding_window_view(np.pad(change, width, constant_values=outside), 2*width + 1), width, axis=1)
+    if len(change) <= 2*near: return []
+    typical, nearest = np.nanmedian(around(window, np.nan), axis=1), around(near, np.inf).max(1)
+    return np.flatnonzero((change - typical > least) & (change > ratio*nearest)).tolist()
+
+# %% ../nbs/01b_sources.ipynb #112925d8
 FILM_NOTICE = """These clips are cut from "Big Buck Bunny", made smaller, and encoded again; the captions were written for this project by looking at them.
 
 (c) copyright 2008, Blender Foundation / www.bigbuckbunny.org
@@ -213,13 +222,13 @@ Licensed under the Creative Commons Attribution 3.0 licence: https://creativecom
 The captions in metadata.csv may be used under the same terms.
 """
 
-# %% ../nbs/01b_sources.ipynb #793feb4f
+# %% ../nbs/01b_sources.ipynb #3068e3e5
 def film_shots() -> list[dict]:
     "The captioned shots of the film: start_frame, frames, caption. The table travels with the package, so that every size is cut alike."
     with open(str(files('snapvideo_nb')/'film_shots.csv'), newline='', encoding='utf-8') as file:
         return [dict(row, start_frame=int(row['start_frame']), frames=int(row['frames'])) for row in csv.DictReader(file)]
 
-# %% ../nbs/01b_sources.ipynb #f7fd73f2
+# %% ../nbs/01b_sources.ipynb #8c517208
 def build_film(out, downloads=None, height: int = 36, width: int = 64, force: bool = False, frames=None) -> list:
     """Write the captioned shots of Big Buck Bunny to the folder `out` as a Hugging Face `videofolder`: shot-NNN.mp4 (24 fps) and metadata.csv; return its rows.
 
