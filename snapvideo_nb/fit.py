@@ -15,13 +15,14 @@ from einops import rearrange
 from jaxtyping import Float
 from .blocks import Attention, ConditionTokens, Conditions, FeedForward, SelfAttentionLayer
 
-# %% ../nbs/06_fit.ipynb #c4ca2e7a
+# %% ../nbs/06_fit.ipynb #b01430e8
 @dataclass(frozen=True)
 class FITConfig:
     """The sizes of a FIT (paper Table 8; the defaults are FIT 500M). Triples are (time, height, width).
 
     `frames`, `height`, `width`: the clip in frames and pixels. `patch` in pixels, `group` in patches. `local_layers` are
-    self-attentions among the patches of a group, per block: the original FIT's, 0 in the paper. `position` is how the patch positions
+    self-attentions among the patches of a group, per block: the original FIT's, 0 in the paper. `patch_head` is the head dimension wherever
+    patches or conditions take part, `latent_head` that of the latents among themselves. `position` is how the patch positions
     start: 'normal' (N(0, .02^2), the paper's) or 'sinusoid' (this project's for short training, with latents of unit size)."""
     frames: int = 16
     height: int = 36
