@@ -7,7 +7,7 @@ __all__ = ['RECIPES', 'TrainConfig', 'recipe', 'learning_rate', 'ema_decay', 'st
            'autocast', 'training_loss', 'base_config', 'start_model', 'loss_by_noise', 'Run', 'read_log',
            'save_samples', 'train', 'averaged_model']
 
-# %% ../nbs/09_training.ipynb #8c8e7f3c
+# %% ../nbs/09_training.ipynb #d5f61698
 import copy, json, math, os, shutil, time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
@@ -25,7 +25,7 @@ from .sampling import sample
 from .text import train_tokenizer
 from .video import Batch, Clip, collate, contact_sheet, save_image, to_frames
 
-# %% ../nbs/09_training.ipynb #2ce36fda
+# %% ../nbs/09_training.ipynb #d717d7ce
 @dataclass(frozen=True)
 class TrainConfig:
     """A training run. The same configuration run again continues where the run stopped. ValueError for values that cannot work."""
@@ -98,33 +98,33 @@ class TrainConfig:
         for name, known in (('weight', ('paper', 'unit')), ('precision', ('bf16', 'fp32'))):
             if getattr(self, name) not in known: raise ValueError(f'{name} must be one of {", ".join(known)}, not {getattr(self, name)!r}')
 
-# %% ../nbs/09_training.ipynb #7fcef92c
+# %% ../nbs/09_training.ipynb #2bf263a4
 RECIPES = {'mini': dict(data_options=dict(subjects=16, images=.1), steps=10_000, warmup=200, P_mean=-.5, weight='unit', self_conditioning=.3, checkpoint_every=250)}
 
-# %% ../nbs/09_training.ipynb #9631d803
+# %% ../nbs/09_training.ipynb #c8ae3116
 def recipe(preset: str, **changes) -> TrainConfig:
     "The run that a preset is made with, in runs/PRESET, with your changes: `recipe('mini', steps=100)`. ValueError for an unknown preset."
     if preset not in PRESETS: raise ValueError(f'unknown preset {preset!r}; there are: {", ".join(PRESETS)}')
     return TrainConfig(**(dict(run=f'runs/{preset}', preset=preset) | RECIPES.get(preset, {}) | changes))
 
-# %% ../nbs/09_training.ipynb #487984ac
+# %% ../nbs/09_training.ipynb #94c4d508
 def learning_rate(config: TrainConfig, step: int) -> float:
     "The rate at a step: linear warm-up, then half a cosine from `lr` to `final_lr*lr` at the last step."
     if step < config.warmup: return config.lr*(step + 1)/config.warmup
     done = min(1., (step - config.warmup)/max(1, config.steps - config.warmup))
     return config.lr*(config.final_lr + (1 - config.final_lr)*(1 + math.cos(math.pi*done))/2)
 
-# %% ../nbs/09_training.ipynb #1465a651
+# %% ../nbs/09_training.ipynb #6a535528
 def ema_decay(config: TrainConfig, step: int) -> float:
     "How much of the average stays at a step: half after min(`ema_halflife`, `ema_ramp`*(step + 1)) steps, so that a short run forgets its start."
     return .5**(1/max(min(config.ema_halflife, config.ema_ramp*(step + 1)), 1e-8))
 
-# %% ../nbs/09_training.ipynb #7df6df02
+# %% ../nbs/09_training.ipynb #f41eaf35
 def step_seed(seed: int, step: int, stream: int = 0) -> int:
     "A 63-bit seed that depends on the run's seed, the step and a stream number, and on nothing else."
     return int(np.random.SeedSequence([seed, step, stream]).generate_state(1, np.uint64)[0] >> 1)
 
-# %% ../nbs/09_training.ipynb #283e04c6
+# %% ../nbs/09_training.ipynb #5cd5c4b0
 class TrainingClips(Dataset):
     """Clip i of an endless, reproducible stream over a dataset, a function of (seed, i) alone: sets without a length in their own order,
     finite ones in a new order every epoch."""
@@ -144,19 +144,19 @@ class TrainingClips(Dataset):
         rows = [range(s*config.batch, (s + 1)*config.batch) for s in range(start, config.steps)]
         return DataLoader(self, batch_sampler=rows, collate_fn=collate, num_workers=config.workers, prefetch_factor=4 if config.workers else None)
 
-# %% ../nbs/09_training.ipynb #7667ddab
+# %% ../nbs/09_training.ipynb #551d6f8a
 def previous_latents(model: SnapVideo, noisy, sigma, conditions, keep):
     "The latents of an extra evaluation of the same input without gradient, for the clips of `keep` [b]; zero (none) for the others; None for none at all."
     if not getattr(model.network, 'self_conditioned', False) or not keep.any(): return None
     with torch.no_grad(): found = model(noisy[keep], sigma[keep], conditions[keep])[1]
     return found.new_zeros(len(keep), *found.shape[1:]).index_put_((keep,), found)
 
-# %% ../nbs/09_training.ipynb #2275d776
+# %% ../nbs/09_training.ipynb #1a490f03
 def autocast(config: TrainConfig):
-    "The precision of one evaluation: a fresh context each time, as autocast's cache of weights would hide the gradient after a no-grad pass."
+    "The precision of one evaluation: a fresh context each time, as some versions of torch cache the weights of a no-grad pass and then hide the gradient of the next."
     return torch.autocast(config.device.split(':')[0], torch.bfloat16) if config.precision == 'bf16' else nullcontext()
 
-# %% ../nbs/09_training.ipynb #4871f05e
+# %% ../nbs/09_training.ipynb #4e761c72
 def training_loss(model: SnapVideo, batch: Batch, config: TrainConfig, step: int) -> tuple[Float[Tensor, 'b'], Float[Tensor, 'b']]:
     "The loss of each clip of a step's batch, and its noise level: [b], [b]. All its chance comes from (seed, step)."
     torch.manual_seed(step_seed(config.seed, step))
@@ -170,23 +170,23 @@ def training_loss(model: SnapVideo, batch: Batch, config: TrainConfig, step: int
     with autocast(config):
         return diffusion_loss(model.framework, model.network, batch.video, noise, sigma, conditions, latents, config.weight)[0], sigma
 
-# %% ../nbs/09_training.ipynb #c8e78874
+# %% ../nbs/09_training.ipynb #e7d50af6
 def base_config(config: TrainConfig) -> ModelConfig:
     "The sizes of the model that a run trains. ValueError or FileNotFoundError when it names none."
     if config.init_from: return ModelConfig.from_dict(json.loads((weights_folder(config.init_from)/'config.json').read_text('utf-8')))
     return PRESETS[recipe(config.preset).preset]
 
-# %% ../nbs/09_training.ipynb #460208ea
+# %% ../nbs/09_training.ipynb #e8f4be22
 def start_model(config: TrainConfig, clips) -> SnapVideo:
     "The model that a run begins with: a preset with a tokenizer of its own made from the data's captions, or a trained model to fine-tune."
     torch.manual_seed(step_seed(config.seed, 0, stream=1))
     if config.init_from: return SnapVideo.from_pretrained(config.init_from)
     text = base_config(config).text
     if text['kind'] != 'small': return SnapVideo.from_preset(config.preset)
-    captions = [clips.program(j)['caption'] for j in range(4000)] if hasattr(clips, 'program') else [clip.caption for clip in clips]
+    captions = [caption for caption in getattr(clips, 'captions', None) or (clips.program(j)['caption'] for j in range(4000)) if caption]
     return SnapVideo.from_preset(config.preset, tokenizer_json=train_tokenizer(captions, text['vocab_size']).to_json())
 
-# %% ../nbs/09_training.ipynb #57551301
+# %% ../nbs/09_training.ipynb #c04a8bbe
 def loss_by_noise(losses: Float[Tensor, 'n'], sigmas: Float[Tensor, 'n'], edges=(0., .05, .15, .5, 1.5, 5., math.inf)) -> dict:
     "Mean loss and count between noise levels: {'0.05-0.15': [mean, count], ...}."
     bins = {}
@@ -194,7 +194,7 @@ def loss_by_noise(losses: Float[Tensor, 'n'], sigmas: Float[Tensor, 'n'], edges=
         if (inside := (sigmas >= low) & (sigmas < high)).any(): bins[f'{low:g}-{high:g}'] = [round(losses[inside].mean().item(), 5), int(inside.sum())]
     return bins
 
-# %% ../nbs/09_training.ipynb #de064d83
+# %% ../nbs/09_training.ipynb #113f63bc
 class Run:
     "A training run's folder: config.json, log.jsonl, samples/, tensorboard/, checkpoints/ (each whole or absent; the last `keep` stay) and at the end model/."
     free = {'run', 'steps', 'max_seconds', 'log_every', 'sample_every', 'checkpoint_every', 'keep', 'workers', 'device', 'compile'}
@@ -213,7 +213,8 @@ class Run:
         self.write(self.folder/'config.json', json.dumps(asdict(self.config), indent=1))
         self.forget_after(step)
 
-    def write(self, path: Path, text: str):
+    @staticmethod
+    def write(path: Path, text: str):
         "Write a text file whole or not at all."
         new = path.with_name(path.name + '.tmp')
         new.write_text(text, 'utf-8')
@@ -272,18 +273,18 @@ class Run:
         path = self.folder/'log.jsonl'
         if path.exists(): self.write(path, ''.join(line + '\n' for line in path.read_text('utf-8').splitlines() if json.loads(line)['step'] <= step))
 
-# %% ../nbs/09_training.ipynb #5becb065
+# %% ../nbs/09_training.ipynb #7cc95618
 def read_log(folder: str | Path) -> list[dict]:
     "The lines of a run's log, in order."
     return [json.loads(line) for line in (Path(folder)/'log.jsonl').read_text('utf-8').splitlines()]
 
-# %% ../nbs/09_training.ipynb #62d1dd02
+# %% ../nbs/09_training.ipynb #efe16ebb
 def save_samples(run: Run, model: SnapVideo, prompts: list[str], step: int, steps: int = 24, guidance: float = 1.) -> Path:
     "A contact sheet of samples at fixed seeds from the averaged model, under the run's samples/."
     video = sample(model, prompts, steps=steps, guidance=guidance)
     return save_image(run.folder/'samples'/f'step-{step:08d}.png', contact_sheet(list(to_frames(video))), force=True)
 
-# %% ../nbs/09_training.ipynb #e4a0dc24
+# %% ../nbs/09_training.ipynb #643e5479
 def train(config: TrainConfig, clips=None, prompts: list[str] | None = None) -> Path:
     """Train, or continue, a run; returns its folder, where model/ holds the averaged model (bf16) once all steps are done.
 
@@ -321,7 +322,7 @@ def train(config: TrainConfig, clips=None, prompts: list[str] | None = None) -> 
     if done >= config.steps: ema.save_pretrained(run.folder/'model', force=True, dtype=torch.bfloat16)
     return run.folder
 
-# %% ../nbs/09_training.ipynb #90a600b8
+# %% ../nbs/09_training.ipynb #4878234f
 def averaged_model(folder: str | Path) -> SnapVideo:
     "The averaged model of a run's last checkpoint, whether the run is finished or not. FileNotFoundError when there is no checkpoint yet."
     path = Path(folder)/'config.json'
