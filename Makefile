@@ -41,7 +41,7 @@ help:
 	@touch $@
 
 demo: .venv/runtime
-	@$(BIN)/snapvideo sample "$$CAPTION" --seed $(SEED) --out outputs/demo
+	@$(BIN)/snapvideo sample "$$CAPTION" --seed $(SEED) --out outputs/demo --force
 
 # One thread per notebook: WORKERS of them run side by side.
 test: .venv/development
