@@ -1,5 +1,6 @@
 # Everything runs in .venv, made here from the versions in constraints.txt: `demo` installs what the package needs, the other
 # targets also what its makers need. Nothing is installed twice; a change of constraints.txt, settings.ini or setup.py updates it.
+# `demo` may be run again: outputs/demo is its own folder, where the same caption and seed give the same files.
 PYTHON  ?= python3
 TORCH   ?= torch
 CAPTION ?= a frog moves to the right quickly on a blue background
