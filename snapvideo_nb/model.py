@@ -67,19 +67,22 @@ large = FITConfig(patch_width=1024, latents=768, latent_width=3072, patch_head=6
 own_text = dict(kind='small', width=128, layers=2, heads=4, length=32, vocab_size=512)
 short = dict(text_width=128, condition_width=128, local_layers=1, dropout=0., position='sinusoid', patch_head=64, latent_head=64)
 
-# %% ../nbs/07_model.ipynb #ee1a2fa6
+# %% ../nbs/07_model.ipynb #fd9d4003
 PRESETS = {
-    'tiny': ModelConfig(FITConfig(frames=4, height=9, width=16, patch=(1, 3, 4), group=(4, 3, 2), patch_width=32, latents=8, latent_width=32, blocks=1, global_layers=1,
-                                  patch_head=16, latent_head=16, condition_width=32, text_width=32, dropout=0.), dict(kind='small', width=32, layers=1, heads=2, length=32, vocab_size=512), fps=8.),
-    'mini': ModelConfig(FITConfig(frames=16, height=18, width=32, patch=(1, 6, 4), group=(16, 3, 8), patch_width=192, latents=128, latent_width=128, blocks=3, global_layers=1, **short), own_text, fps=8.),
-    'small': ModelConfig(FITConfig(frames=16, height=36, width=64, patch=(1, 4, 4), group=(16, 9, 8), patch_width=384, latents=256, latent_width=512, blocks=4, global_layers=2,
-                                   **short | dict(text_width=256, condition_width=384)), own_text | dict(width=256), fps=8.),
+    'tiny': ModelConfig(FITConfig(frames=4, height=9, width=16, patch=(1, 3, 4), group=(4, 3, 2), blocks=1, global_layers=1, patch_width=32, latents=8, latent_width=32,
+                                  patch_head=16, latent_head=16, condition_width=32, text_width=32, dropout=0.),
+                        own_text | dict(width=32, layers=1, heads=2), fps=8.),
+    'mini': ModelConfig(FITConfig(frames=16, height=18, width=32, patch=(1, 6, 4), group=(16, 3, 8), blocks=3, global_layers=1,
+                                  patch_width=192, latents=128, latent_width=128, **short), own_text, fps=8.),
+    'small': ModelConfig(FITConfig(frames=16, height=36, width=64, patch=(1, 4, 4), group=(16, 9, 8), blocks=4, global_layers=2,
+                                   patch_width=384, latents=256, latent_width=512, **short | dict(text_width=256, condition_width=384)),
+                         own_text | dict(width=256), fps=8.),
     'fit-500m': ModelConfig(FITConfig(), t5),
     'fit-3.9b': ModelConfig(large, t5),
     'fit-3.9b-up': ModelConfig(replace(large, height=288, width=512, group=(16, 18, 16), low_res=True), t5),
 }
 
-# %% ../nbs/07_model.ipynb #1a9ce634
+# %% ../nbs/07_model.ipynb #b23d1ff4
 def weights_folder(name: str | Path) -> Path:
     "Where a model lies: a folder, a model that ships with the package, or a Hub id 'owner/name' (downloaded). FileNotFoundError otherwise."
     shipped = Path(str(files('snapvideo_nb')))/'weights'
@@ -88,15 +91,19 @@ def weights_folder(name: str | Path) -> Path:
     names = ', '.join(sorted(p.parent.name for p in shipped.glob('*/config.json'))) or 'none'
     if str(name).count('/') == 1 and not str(name).startswith(('.', '/', '~')):
         try: return Path(snapshot_download(str(name), allow_patterns=['*.json', '*.safetensors', '*.md']))
-        except Exception as error: raise FileNotFoundError(f'{name}: neither a folder nor a Hub model within reach ({type(error).__name__}); shipped: {names}') from None
+        except Exception as error:
+            raise FileNotFoundError(f'{name}: neither a folder nor a Hub model within reach ({type(error).__name__}); shipped: {names}') from None
     raise FileNotFoundError(f'{name}: no such model folder; shipped with this package: {names}')
 
-# %% ../nbs/07_model.ipynb #ce62a4d4
+# %% ../nbs/07_model.ipynb #74780577
 @contextmanager
 def whole_folder(folder: str | Path, force: bool = False):
-    "A new folder to write into that takes `folder`'s place when the block ends well, and vanishes when it does not. FileExistsError when there is something already, unless `force`."
+    """A new folder to write into: it takes `folder`'s place when the block ends well, and vanishes when it does not.
+
+    FileExistsError when there is something already, unless it is a folder and `force` is given."""
     folder = Path(folder)
-    if folder.exists() and not (force and folder.is_dir()): raise FileExistsError(f'{folder} exists; choose another folder{" or force" if folder.is_dir() else ": it is a file"}')
+    if folder.exists() and not folder.is_dir(): raise FileExistsError(f'{folder} exists: it is a file; choose another folder')
+    if folder.exists() and not force: raise FileExistsError(f'{folder} exists; choose another folder or force')
     new, old = (folder.with_name(f'.{folder.name}.{uuid.uuid4().hex[:8]}.{kind}') for kind in ('tmp', 'old'))
     try:
         new.mkdir(parents=True)
@@ -106,7 +113,10 @@ def whole_folder(folder: str | Path, force: bool = False):
     finally:
         for rest in (new, old): shutil.rmtree(rest, ignore_errors=True)
 
-# %% ../nbs/07_model.ipynb #4177b16f
+# %% ../nbs/07_model.ipynb #3f4511a0
+card_header = '---\nlibrary_name: snapvideo-nb\npipeline_tag: text-to-video\nlicense: apache-2.0\n---\n'
+
+# %% ../nbs/07_model.ipynb #80fb24d9
 class SnapVideo(nn.Module, ModelHubMixin, library_name='snapvideo-nb', tags=['text-to-video']):
     """A text-to-video model: `model(noisy, sigma, conditions, latents=None) -> (denoised, latents)`, the one function that samplers see.
 
@@ -159,7 +169,8 @@ class SnapVideo(nn.Module, ModelHubMixin, library_name='snapvideo-nb', tags=['te
             if not (folder/file).exists(): raise FileNotFoundError(f'{folder}: no {file}, so not a saved model')
         tokenizer = folder/'tokenizer.json'
         try:
-            model = cls(ModelConfig.from_dict(json.loads((folder/'config.json').read_text('utf-8'))), tokenizer.read_text('utf-8') if tokenizer.exists() else None)
+            config = ModelConfig.from_dict(json.loads((folder/'config.json').read_text('utf-8')))
+            model = cls(config, tokenizer.read_text('utf-8') if tokenizer.exists() else None)
             model.load_state_dict({k: v.float() for k, v in load_file(folder/'model.safetensors').items()})
         except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, SafetensorError, RuntimeError) as error:
             raise ValueError(f'{folder}: damaged model ({" ".join(str(error).split())[:200]})') from None
@@ -168,9 +179,10 @@ class SnapVideo(nn.Module, ModelHubMixin, library_name='snapvideo-nb', tags=['te
     def save_pretrained(self, folder: str | Path, force: bool = False, dtype: torch.dtype | None = None, card: str = '', **_) -> Path:
         "Write config.json, model.safetensors (as `dtype`), tokenizer.json and a model card, whole or not at all. FileExistsError unless `force`."
         with whole_folder(folder, force) as new:
-            save_file({k: v.to(dtype or v.dtype).cpu().contiguous() for k, v in self.state_dict().items()}, new/'model.safetensors', metadata={'format': 'pt'})
+            tensors = {k: v.to(dtype or v.dtype).cpu().contiguous() for k, v in self.state_dict().items()}
+            save_file(tensors, new/'model.safetensors', metadata={'format': 'pt'})
             (new/'model.safetensors').chmod(0o644)
             (new/'config.json').write_text(json.dumps(self.config.to_dict(), indent=1), 'utf-8')
             if self.text.tokenizer_json: (new/'tokenizer.json').write_text(self.text.tokenizer_json, 'utf-8')
-            (new/'README.md').write_text(f'---\nlibrary_name: snapvideo-nb\npipeline_tag: text-to-video\nlicense: apache-2.0\n---\n{card or "A snapvideo-nb model."}\n', 'utf-8')
+            (new/'README.md').write_text(f'{card_header}{card or "A snapvideo-nb model."}\n', 'utf-8')
         return Path(folder)
