@@ -42,6 +42,12 @@ def test_the_notebooks_are_clean(copy):
     assert not unclean, f'{unclean} hold execution counts or metadata: run `make sync`'
 
 
+def test_every_notebook_is_tested():
+    "`nbdev_test --path .` finds what is listed here (with `recursive = False` in settings.ini it would only find the index)."
+    from nbdev.doclinks import nbglob
+    assert {Path(path).resolve() for path in nbglob(ROOT)} == set(NOTEBOOKS)
+
+
 def test_the_readme_is_made_from_the_index():
     made = readme.render()
     kept = {'README.md', *(str(path.relative_to(ROOT)) for path in (ROOT/readme.PICTURES).glob('*'))}
