@@ -279,7 +279,8 @@ def test_nobody_reads_on(tmp_path):
 
 
 def test_interrupted(model, tmp_path):
-    with subprocess.Popen([*COMMAND, *sample(model, '--steps', 100000)], cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
+    listen = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # what a shell starts in the background is deaf to SIGINT, and so are its children
+    with subprocess.Popen([*COMMAND, *sample(model, '--steps', 100000)], cwd=tmp_path, stderr=subprocess.PIPE, text=True, preexec_fn=listen) as process:
         while 'denoising' not in process.stderr.read(400): assert process.poll() is None  # 400: the bar stands and moves
         process.send_signal(signal.SIGINT)
         told = process.stderr.read()
