@@ -83,12 +83,12 @@ def solve(denoise: Denoise, x: Float[Tensor, 'b ...'], levels: Float[Tensor, 'n'
         state = after
     return state.x
 
-# %% ../nbs/08_sampling.ipynb #8b2ce71e
+# %% ../nbs/08_sampling.ipynb #f7407fd7
 class GuidedBatch:
     """The model as a denoiser (x, sigma, latents) -> (D, latents) for a list of captions, with guidance, in micro-batches of one size.
 
     D = D_c + w (D_c - D_u), w = `guidance`: 0 is unguided and costs one evaluation, any other w two, in one batch, each branch with
-    latents of its own [branches, b, m, l]. `fps`: a number or one per clip; `size`: (height, width) or one pair per clip.
+    latents of its own [branches, b, latents, width]. `fps`: a number or one per clip; `size`: (height, width) or one pair per clip.
     `micro_batch` clips are evaluated together, the last ones padded to that number. With 1 a clip's arithmetic is the same in any
     company, by construction; more is faster on a GPU, where a clip's last bits may then depend on its place."""
     @torch.no_grad()
