@@ -62,9 +62,9 @@ def subject_mask(video: Float[Tensor, 'b 3 t h w'], per_noise: float = 2.5) -> F
     noise = distance[..., _ring(h, w)].flatten(1).median(1).values
     return ((distance - .1 - per_noise * noise[:, None, None, None]) / .2).clamp(0, 1)
 
-# %% ../nbs/13_metrics.ipynb #26023361
+# %% ../nbs/13_metrics.ipynb #cdf43c06
 def border_noise(video: Float[Tensor, 'b 3 t h w']) -> Float[Tensor, 'b']:
-    "Standard deviation of each clip's noise as seen at its border, in units of [-1, 1]; 0 for clips that were drawn and not generated."
+    "Standard deviation of each clip's noise as seen at its border, in units of [-1, 1]: 0 for clips that were drawn. A border in a colour that has no name counts as noise, too."
     difference = video - name_background(video)[1][:, :, None]
     return difference.square().mean(1).sqrt()[..., _ring(*video.shape[-2:])].flatten(1).median(1).values / .888
 
@@ -154,27 +154,21 @@ def _keep(module, path):
     save_file({key: weight.half() for key, weight in module.state_dict().items()}, temporary := path.with_suffix(f'.{uuid.uuid4().hex}.tmp'))
     os.replace(temporary, path)
 
-# %% ../nbs/13_metrics.ipynb #474c1ad8
-class CaptionJudge(nn.Module):
-    """Reads background, motion, speed and subject off clips [b, 3, frames, height, width] of one subject on a plain or gradient background, and the
-    subject once more from its shape alone. Trained on real clips of `scenes`, all (subject, motion) pairs, drawn with a `seed` that must not be used for
-    what is judged; with `folder` the weights are kept there.
-    """
-    def __init__(self, subjects=MINI_SUBJECTS, frames: int = 16, height: int = 18, width: int = 32, seed: int = 1_402_797, folder: str | Path | None = None,
-                 scenes=Emoji, clips: int = 2000, motion_steps: int = 800, subject_steps: int = 250, shape_steps: int = 900, **options):
+# %% ../nbs/13_metrics.ipynb #f1b4b7ac
+class _Reader(nn.Module):
+    "The networks of a judge for clips of `size`, (frames, height, width): who and what moves."
+    def __init__(self, subjects, size):
         super().__init__()
-        self.subjects, self.size, self.moves = list(subjects), (frames, height, width), [(m, s) for m in MOTIONS for s in (SPEEDS if m != 'still' else (None,))]
-        self.real, steps = lambda seed: scenes(frames, height, width, split='all', seed=seed, subjects=self.subjects, **options), (clips, motion_steps, subject_steps, shape_steps)
-        sample = [(clip.caption, round(clip.frames.mean())) for clip in map(self.real(seed).__getitem__, range(8))]
-        self.config = dict(version=2, subjects=self.subjects, size=self.size, seed=seed, steps=steps, data=sample)
-        path = folder and Path(folder)/f'judge-{hashlib.sha256(json.dumps(self.config).encode()).hexdigest()[:12]}.safetensors'
-        with torch.random.fork_rng([]):
-            torch.manual_seed(seed)
-            self.motion, (self.subject, self.grey) = _MotionNet(frames, len(self.moves)), (_SubjectNet(min(height, 36), len(self.subjects), c) for c in (3, 1))
-            if path and path.exists(): self.load_state_dict(load_file(path))
-            else: _teach(self, self.real(seed), *steps)
+        self.subjects, self.size, self.moves = list(subjects), size, [(m, s) for m in MOTIONS for s in (SPEEDS if m != 'still' else (None,))]
+        self.motion, (self.subject, self.grey) = _MotionNet(size[0], len(self.moves)), (_SubjectNet(min(size[1], 36), len(self.subjects), c) for c in (3, 1))
+
+    def learn(self, path, teach):
+        "Weights in half precision: read from `path` where they lie there, else taught, and kept there if there is a path."
+        kept = path and path.exists()
+        if kept: self.load_state_dict(load_file(path))
+        else: teach()
         for weight in self.parameters(): weight.data = weight.data.half().float()
-        if path and not path.exists(): _keep(self, path)
+        if path and not kept: _keep(self, path)
         self.eval().requires_grad_(False)
 
     def say(self, video: Float[Tensor, 'b 3 t h w']) -> list[dict]:
@@ -186,6 +180,25 @@ class CaptionJudge(nn.Module):
             who, shape = (net.unflatten(0, frames.shape[:2]).mean(1).argmax(1) for net in (self.subject(frames.flatten(0, 1)), self.grey(_grey(frames.flatten(0, 1)))))
             said += [dict(zip(KEYS, (b, *self.moves[m], self.subjects[s], self.subjects[g]))) for b, m, s, g in zip(name_background(v)[0], moves, who, shape)]
         return said
+
+# %% ../nbs/13_metrics.ipynb #0105331f
+class CaptionJudge(_Reader):
+    """Reads background, motion, speed and subject off clips [b, 3, frames, height, width] of one subject on a plain or gradient background, and the
+    subject once more from its shape alone. Trained on real clips of `scenes`, all (subject, motion) pairs, drawn with a `seed` that must not be used for
+    what is judged; with `folder` the weights are kept there.
+    """
+    def __init__(self, subjects=MINI_SUBJECTS, frames: int = 16, height: int = 18, width: int = 32, seed: int = 1_402_797, folder: str | Path | None = None,
+                 scenes=Emoji, clips: int = 2000, motion_steps: int = 800, subject_steps: int = 250, shape_steps: int = 900, **options):
+        subjects, size, steps = list(subjects), (frames, height, width), (clips, motion_steps, subject_steps, shape_steps)
+        def real(seed): return scenes(*size, split='all', seed=seed, subjects=subjects, **options)
+        sample = [(clip.caption, round(clip.frames.mean())) for clip in map(real(seed).__getitem__, range(8))]
+        config = dict(version=2, subjects=subjects, size=size, seed=seed, steps=steps, data=sample)
+        path = folder and Path(folder)/f'judge-{hashlib.sha256(json.dumps(config).encode()).hexdigest()[:12]}.safetensors'
+        with torch.random.fork_rng([]):
+            torch.manual_seed(seed)
+            super().__init__(subjects, size)
+            self.config, self.real = config, real
+            self.learn(path, lambda: _teach(self, real(seed), *steps))
 
     def accuracy(self, clips, truths: list[dict] | None = None) -> dict:
         """`score_captions` of what the judge says about `clips`: a video tensor [b, 3, frames, height, width] with `truths` (dicts as in `Clip.truth`:
