@@ -65,14 +65,14 @@ class SelfAttentionLayer(nn.Module):
         x = x + self.attention(x)
         return x + self.feed_forward(x)
 
-# %% ../nbs/04_blocks.ipynb #eb80378a
+# %% ../nbs/04_blocks.ipynb #a0a30021
 @dataclass(frozen=True)
 class Conditions:
     """What a network is told about each of `b` clips, besides the noise level.
 
     `text` [b, l, d] token embeddings and `text_mask` [b, l] (True: a real token); `fps` [b] frames per second (inf: an image);
     `size` [b, 2] original height and width in pixels; for an upsampler `low_res` [b, 3, t, h, w] (already at the output size)
-    and `low_res_level` [b], its noise level. `prepared` holds what a network computed once per clip (`network.prepare`)."""
+    and `low_res_level` [b], how strong the noise on it is (0: none; of order 1). `prepared` holds what a network computed once per clip (`network.prepare`)."""
     text: Float[Tensor, 'b l d']
     text_mask: Bool[Tensor, 'b l']
     fps: Float[Tensor, 'b']
@@ -120,7 +120,7 @@ class FourierToken(nn.Module):
 
     def forward(self, x: Float[Tensor, 'b i']) -> Float[Tensor, 'b 1 w']: return self.mlp(self.features(x))[:, None]
 
-# %% ../nbs/04_blocks.ipynb #157c8b8e
+# %% ../nbs/04_blocks.ipynb #dec9fc29
 class ConditionTokens(nn.Module):
     """Everything a network is told, as one sequence of tokens of one `width` (paper Sec. 3.4): text, frame rate, original size,
     for an upsampler the noise level of its low-res clip, and sigma. All but sigma's are made once per clip by `prepare`."""
@@ -133,7 +133,7 @@ class ConditionTokens(nn.Module):
 
     def prepare(self, c: Conditions) -> tuple[Float[Tensor, 'b m w'], Bool[Tensor, 'b m']]:
         "The tokens that do not depend on sigma, and their mask."
-        tokens = [self.text(c.text), self.frame_rate(24/c.fps[:, None]), self.size((c.size/64).log())]
+        tokens = [self.text(c.text.to(self.text.weight.dtype)), self.frame_rate(24/c.fps[:, None]), self.size((c.size/64).log())]
         if self.level is not None: tokens.append(self.level(c.low_res_level[:, None]))
         extra = torch.ones(len(c), len(tokens) - 1, dtype=torch.bool, device=c.text_mask.device)
         return torch.cat(tokens, 1), torch.cat([c.text_mask, extra], 1)

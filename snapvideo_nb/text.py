@@ -168,7 +168,7 @@ def _sampled_digest(path, chunks=64, size=4096):
             file.seek(start); digest.update(file.read(size))
     return digest.hexdigest()
 
-# %% ../nbs/03_text.ipynb #48d1a7b3
+# %% ../nbs/03_text.ipynb #07550589
 def _hf_config(name):
     "The text configuration of a saved or published model; one line when there is none."
     hf, folder = _transformers(), Path(name)
@@ -179,10 +179,17 @@ def _hf_config(name):
     if type(config) not in hf.MODEL_FOR_TEXT_ENCODING_MAPPING: raise ValueError(f'{name}: a {config.model_type} model is not a text encoder')
     return config
 
-def _hf_load(name, width, dtype):
+def _hf_commit(name):
+    "The commit of a published model: its files lie in a folder of that name."
+    _hf_config(name)
+    from huggingface_hub import hf_hub_download
+    return Path(hf_hub_download(name, 'config.json')).parent.name
+
+def _hf_load(name, width, length, dtype):
     "Tokenizer and frozen model; safetensors only, and every tensor must be there."
     hf, config = _transformers(), _hf_config(name)
     if config.hidden_size != width: raise ValueError(f'{name}: {config.hidden_size} wide, but {width} was expected')
+    if length > (most := getattr(config, 'max_position_embeddings', length)): raise ValueError(f'{name}: reads at most {most} tokens, but length is {length}')
     try: tokenizer = hf.AutoTokenizer.from_pretrained(name)
     except Exception as error: raise ValueError(f'{name}: its tokenizer could not be loaded ({_one_line(error)})') from None
     try: model, report = hf.AutoModelForTextEncoding.from_pretrained(name, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True)
@@ -192,14 +199,14 @@ def _hf_load(name, width, dtype):
     if missing: raise ValueError(f'{name}: {len(missing)} tensors are missing from the weights, the first is {missing[0]}')
     return tokenizer, model.eval().requires_grad_(False)
 
-# %% ../nbs/03_text.ipynb #8fe9e733
+# %% ../nbs/03_text.ipynb #aa10ffc7
 class HFTextEncoder(nn.Module):
     """Any frozen Hugging Face text encoder, by Hub name or folder: T5's encoder as in the paper, BERT, CLIP's text tower, ...
 
     `encoder(captions) -> (tokens [B, length, width], mask [B, length])`: the last hidden states, one per token, not pooled; zeros at padding. The weights
     are read at the first call, from safetensors only, stay in `eval` mode in `dtype`, get no gradient, and are neither parameters nor part of the state
     dict: a checkpoint keeps the name alone. With `width` given (a preset), nothing at all is read before that. FileNotFoundError when there is no such
-    model, ValueError when it is not a text encoder, has pickled or missing weights, or another width.
+    model, ValueError when it is not a text encoder, has pickled or missing weights, another width, or fewer places than `length`.
     """
     tokenizer_json = None
     def __init__(self, name: str, length: int = 128, width: int | None = None, dtype: str = 'float32'):
@@ -211,7 +218,7 @@ class HFTextEncoder(nn.Module):
 
     @torch.no_grad()
     def forward(self, captions: list[str]) -> tuple[Float[Tensor, 'b length width'], Bool[Tensor, 'b length']]:
-        self._loaded = tokenizer, model = self._loaded or _hf_load(self.name, self.width, self.dtype)
+        self._loaded = tokenizer, model = self._loaded or _hf_load(self.name, self.width, self.length, self.dtype)
         rows, room = [], self.length - tokenizer.num_special_tokens_to_add()
         for caption in _listed(captions):
             pieces = tokenizer(caption, add_special_tokens=False, verbose=False)['input_ids']
@@ -225,7 +232,7 @@ class HFTextEncoder(nn.Module):
     def identity(self) -> str:
         "What the embeddings depend on: the Hub commit, or a digest of the folder's files, with length and dtype. Needs no weights in memory."
         folder, kinds = Path(self.name), ('.json', '.safetensors', '.model', '.txt')
-        source = [_sampled_digest(p) for p in sorted(folder.iterdir()) if p.suffix in kinds] if folder.is_dir() else [self.name, str(_hf_config(self.name)._commit_hash)]
+        source = [_sampled_digest(p) for p in sorted(folder.iterdir()) if p.suffix in kinds] if folder.is_dir() else [self.name, _hf_commit(self.name)]
         return hashlib.sha256(json.dumps([source, self.length, self.dtype]).encode()).hexdigest()
 
     def unknown_words(self, caption: str) -> list[str]:

@@ -1,5 +1,5 @@
 """What the text notebook cannot hold: autocast, copies, compiled reading, damaged files, two writers at once, real packaged weights."""
-import copy, json, subprocess, sys, warnings
+import copy, json, os, subprocess, sys, warnings
 from pathlib import Path
 
 import pytest
@@ -103,6 +103,29 @@ def test_frozen_encoder_equals_the_library(tiny_t5):
     assert mask.equal(inputs['attention_mask'].bool())
     with torch.no_grad(): expected = model(input_ids=inputs['input_ids'], attention_mask=inputs['attention_mask']).last_hidden_state
     torch.testing.assert_close(tokens[mask], expected[mask])
+
+
+def test_published_model(tiny_t5, tmp_path):
+    """A model in the Hugging Face cache, read by name with the network off: its commit is its identity, and its embeddings can be cached."""
+    code = "from snapvideo_nb.text import *\nt5 = HFTextEncoder('some/t5', 8)\ncached = CachedEncoder(t5, 'cache')\nassert cached(['a'])[0].equal(t5(['a'])[0])\nprint(t5.identity)"
+    def identity(commit):
+        snapshot = tmp_path/'hub/models--some--t5/snapshots'/commit
+        snapshot.mkdir(parents=True, exist_ok=True); (snapshot.parents[1]/'refs').mkdir(exist_ok=True); (snapshot.parents[1]/'refs/main').write_text(commit)
+        for file in tiny_t5.iterdir(): (snapshot/file.name).write_bytes(file.read_bytes())
+        env = os.environ | dict(HF_HUB_CACHE=str(tmp_path/'hub'), HF_HUB_OFFLINE='1', PYTHONPATH=str(Path(__file__).parents[1]))
+        done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=tmp_path, env=env)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+    assert identity('a' * 40) == identity('a' * 40) != identity('b' * 40)
+
+
+def test_more_places_than_the_model_has(tiny_t5, tmp_path):
+    import transformers
+    for file in tiny_t5.glob('tokenizer*'): (tmp_path/file.name).write_bytes(file.read_bytes())
+    transformers.BertModel(transformers.BertConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64,
+                                                   max_position_embeddings=20)).save_pretrained(tmp_path)
+    assert HFTextEncoder(tmp_path, length=20)(['a'])[0].shape == (1, 20, 32)
+    with pytest.raises(ValueError, match='reads at most 20 tokens, but length is 21'): HFTextEncoder(tmp_path, length=21)(['a'])
 
 
 def test_missing_weights_are_refused(tiny_t5, tmp_path):
