@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NETWORKS', 'PRESETS', 'ModelConfig', 'weights_folder', 'whole_folder', 'SnapVideo']
 
-# %% ../nbs/07_model.ipynb #3bfb6fe7
+# %% ../nbs/07_model.ipynb #fceb0f95
 import json, os, shutil, uuid
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -21,9 +21,10 @@ from .blocks import Conditions
 from .diffusion import ScaledEDM, input_scale
 from .fit import FIT, FITConfig
 from .text import build_text_encoder
+from .unet import UNet, UNetConfig
 
-# %% ../nbs/07_model.ipynb #d502c8be
-NETWORKS = {'fit': (FIT, FITConfig)}
+# %% ../nbs/07_model.ipynb #ae7d63f0
+NETWORKS = {'fit': (FIT, FITConfig), 'unet': (UNet, UNetConfig)}
 
 # %% ../nbs/07_model.ipynb #110c4067
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ large = FITConfig(patch_width=1024, latents=768, latent_width=3072, patch_head=6
 own_text = dict(kind='small', width=128, layers=2, heads=4, length=32, vocab_size=512)
 short = dict(text_width=128, condition_width=128, local_layers=1, dropout=0., position='sinusoid', patch_head=64, latent_head=64)
 
-# %% ../nbs/07_model.ipynb #fd9d4003
+# %% ../nbs/07_model.ipynb #823f6770
 PRESETS = {
     'tiny': ModelConfig(FITConfig(frames=4, height=9, width=16, patch=(1, 3, 4), group=(4, 3, 2), blocks=1, global_layers=1, patch_width=32, latents=8, latent_width=32,
                                   patch_head=16, latent_head=16, condition_width=32, text_width=32, dropout=0.),
@@ -80,6 +81,10 @@ PRESETS = {
     'fit-500m': ModelConfig(FITConfig(), t5),
     'fit-3.9b': ModelConfig(large, t5),
     'fit-3.9b-up': ModelConfig(replace(large, height=288, width=512, group=(16, 18, 16), low_res=True), t5),
+    'unet-mini': ModelConfig(UNetConfig(height=18, width=32, base=32, multipliers=(1, 3, 3), attention=(16, 8), head=32, condition_width=96, text_width=128,
+                                        groups=8, dropout=0.), own_text, fps=8.),
+    'unet-85m': ModelConfig(UNetConfig(base=128, multipliers=(1, 2, 2, 3)), t5),
+    'unet-284m': ModelConfig(UNetConfig(), t5),
 }
 
 # %% ../nbs/07_model.ipynb #b23d1ff4
