@@ -32,13 +32,10 @@ def columns(sigma: float | Float[Tensor, "b"], like: Float[Tensor, "b ..."]) -> 
         raise ValueError(f'sigma must be a number or one value for each of the {len(like)} samples, got shape {tuple(sigma.shape)}')
     return sigma.expand(len(like)).view(-1, *[1] * (like.ndim - 1))
 
-# %% ../nbs/02_diffusion.ipynb #2280c923
+# %% ../nbs/02_diffusion.ipynb #b06d5040
 @dataclass(frozen=True)
 class ScaledEDM:
-    """The paper's diffusion framework (Table 1, last column): x_sigma = x/sigma_in + sigma*noise, target v = sigma_data^2*noise - sigma*x.
-
-    `sigma` is a number or one value per sample [B]; every coefficient is computed in float32 or better, whatever the precision of its argument.
-    `sigma_in = 1` is EDM (with the sign of the network's output flipped). `ValueError` unless both constants are positive."""
+    "The paper's framework (Table 1, last column), EDM at `sigma_in = 1`; `sigma`: a number or one per sample [B]; `ValueError` unless both constants are positive."
     sigma_data: float = 1.0
     sigma_in: float = 4.0
 
@@ -80,13 +77,10 @@ class ScaledEDM:
 
     def effective_weight(self, sigma):
         "w = lambda*c_out^2 = (sigma^2 + sigma_data^2)^2/(sigma^2 + sigma_data^2/sigma_in)^2: weight of the squared error of F."
-        s2, sd2 = widen(sigma)**2, self.sigma_data**2
-        return ((s2 + sd2) / (s2 + sd2 / self.sigma_in))**2
+        return ((widen(sigma)**2 + self.sigma_data**2) / (widen(sigma)**2 + self.sigma_data**2 / self.sigma_in))**2
 
     def denoise(self, network: Callable, noisy: Float[Tensor, "b ..."], sigma, conditions=None, latents=None):
-        """D = c_skip*x_sigma + c_out*F, the estimate of the *unscaled* clip [B, ...], and the network's latents.
-
-        `network(c_in*x_sigma, c_noise [B], conditions, latents)` returns (F, latents). The result has the precision of `noisy`, float32 at least."""
+        "The *unscaled* clip D = c_skip*x_sigma + c_out*F, in float32 at least, with (F, latents) = network(c_in*x_sigma, c_noise [B], conditions, latents)."
         noisy, s = widen(noisy), columns(sigma, noisy)
         F, latents = network(self.c_in(s) * noisy, self.c_noise(s.flatten()), conditions, latents)
         return self.c_skip(s) * noisy + self.c_out(s) * F, latents
