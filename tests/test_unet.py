@@ -4,13 +4,12 @@ from dataclasses import replace
 
 import pytest, torch
 from torch import nn
-from torch.nn import functional as F
 
 from snapvideo_nb.blocks import Conditions
 from snapvideo_nb.model import PRESETS, ModelConfig, SnapVideo
 from snapvideo_nb.sampling import sample
 from snapvideo_nb.text import train_tokenizer
-from snapvideo_nb.training import TrainConfig, autocast, previous_latents, training_loss
+from snapvideo_nb.training import TrainConfig, previous_latents, training_loss
 from snapvideo_nb.unet import FrameAttention, ResidualBlock, SpaceTimeAttention, UNet, UNetConfig, frame_waves
 from snapvideo_nb.data import Shapes
 from snapvideo_nb.video import collate
