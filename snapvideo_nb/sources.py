@@ -6,7 +6,7 @@
 __all__ = ['SOURCES', 'FILM_NOTICE', 'Source', 'fetch', 'emoji_names', 'emoji_sprite', 'write_sprite', 'build_emoji',
            'film_video', 'film_frames', 'frame_change', 'find_cuts', 'film_shots', 'build_film']
 
-# %% ../nbs/01b_sources.ipynb #f685089f
+# %% ../nbs/01b_sources.ipynb #2c799c57
 import csv, hashlib, io, json, os, re, shutil, subprocess, sys, tarfile, tempfile, zipfile
 from dataclasses import dataclass
 from importlib.resources import files
@@ -17,6 +17,7 @@ from av.video.reformatter import Interpolation
 from numpy.lib.stride_tricks import sliding_window_view
 from PIL import Image
 from tqdm.auto import tqdm
+from .data import cache_folder
 from .video import write_video
 
 # %% ../nbs/01b_sources.ipynb #526b8219
@@ -33,9 +34,9 @@ SOURCES = {f'emoji {i}': Source('npm', f'@lobehub/fluent-emoji-anim-{i}@1.0.0', 
     'emoji names': Source('npm', 'emojibase-data@17.0.0', 'emojibase-data-17.0.0.tgz', 'd01d0e2ca4e22cb4'),
     'film': Source('pip', 'moviepy==2.2.1', 'moviepy-2.2.1.tar.gz', 'c80cb56815ece94e')}
 
-# %% ../nbs/01b_sources.ipynb #249133f9
+# %% ../nbs/01b_sources.ipynb #bc56a78e
 def _cache():
-    return Path(os.environ.get('XDG_CACHE_HOME') or Path.home()/'.cache')/'snapvideo-nb'/'downloads'
+    return cache_folder()/'downloads'
 
 def _client(source, folder):
     if source.client == 'npm':
