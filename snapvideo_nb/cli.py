@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['COMMANDS', 'one_line', 'parse', 'slug', 'planned', 'write', 'at_least', 'free', 'choose_device', 'warn_unknown',
-           'Sample', 'preset_facts', 'Presets', 'literal', 'option', 'train_command', 'ClipOptions', 'DataShow',
-           'DataMeasure', 'empty', 'DataEmoji', 'DataFilm', 'overview', 'choose', 'do', 'main']
+           'Wish', 'Output', 'Sample', 'preset_facts', 'Presets', 'literal', 'option', 'train_command', 'ClipOptions',
+           'DataShow', 'DataMeasure', 'empty', 'DataEmoji', 'DataFilm', 'overview', 'choose', 'do', 'main']
 
 # %% ../nbs/18_cli.ipynb #a7329757
 import ast, contextlib, difflib, io, json, os, re, sys, traceback, warnings
@@ -102,14 +102,10 @@ def warn_unknown(text, captions):
         if unknown := dict.fromkeys(text.unknown_words(caption)):
             warnings.warn(f'the model never met {", ".join(map(repr, unknown))} in {caption!r} and can only guess')
 
-# %% ../nbs/18_cli.ipynb #402c23fc
+# %% ../nbs/18_cli.ipynb #0f184c9e
 @dataclass
-class Sample:
-    """Turn captions into videos.
-
-    Every caption gives COUNT videos (mp4, H.264) and one contact sheet of them (png), named after the caption and
-    the seed. Their paths are printed. A video depends on the caption, the seed, STEPS and GUIDANCE alone, not on
-    what else is made with it."""
+class Wish:
+    "What to sample: the options of `snapvideo sample` that decide the videos."
     captions: Annotated[Positional[tuple[str, ...]], arg(metavar='CAPTION ...')] = ()
     "What to show, each caption in quotes."
     model: str = 'mini'
@@ -122,25 +118,47 @@ class Sample:
     "Noise levels from pure noise to the clip. The network is evaluated twice for each, four times with guidance."
     guidance: float = 0.
     "Weight w of D_c + w (D_c - D_u): 0 is unguided, more follows the caption more strictly at the price of variety."
-    out: Path = Path('outputs')
-    "Folder for the files; made when it is missing."
-    scale: int = 0
-    "Write every pixel as SCALE x SCALE; 1 writes the clip as it was sampled, 0 enlarges to a width of about 256."
     device: Annotated[str, arg(metavar='cpu|cuda|...')] = ''
     "Where to compute; a GPU when there is one, unless given."
-    force: bool = False
-    "Overwrite files of the same names."
 
-    def __post_init__(self):
-        self.captions = tuple(dict.fromkeys(' '.join(caption.split()) for caption in self.captions))
-        self.files = planned(self.captions, range(self.seed, self.seed + self.count), self.out)
+    def __post_init__(self): self.captions = tuple(dict.fromkeys(' '.join(caption.split()) for caption in self.captions))
 
-    def check(self):
-        "What can be known without the model: ValueError or OSError for captions, numbers or files that cannot work."
+    def check_wish(self):
+        "ValueError for captions or numbers that cannot work."
         if not self.captions: raise ValueError('no caption: say what to show, as in "a frog moves to the right"')
         if '' in self.captions: raise ValueError('a caption is empty: say what to show')
         at_least(1, steps=self.steps, count=self.count)
-        at_least(0, seed=self.seed, guidance=self.guidance, scale=self.scale)
+        at_least(0, seed=self.seed, guidance=self.guidance)
+
+# %% ../nbs/18_cli.ipynb #9f1dccbd
+@dataclass
+class Output:
+    "Where files go: the options of every command that writes pictures or videos into a folder."
+    out: Path = Path('outputs')
+    "Folder for the files; made when it is missing."
+    force: bool = False
+    "Overwrite files of the same names."
+
+# %% ../nbs/18_cli.ipynb #b2f5c8a7
+@dataclass
+class Sample(Output, Wish):
+    """Turn captions into videos.
+
+    Every caption gives COUNT videos (mp4, H.264) and one contact sheet of them (png), named after the caption and
+    the seed. Their paths are printed. A video depends on the caption, the seed, STEPS and GUIDANCE alone, not on
+    what else is made with it."""
+    scale: int = 0
+    "Write every pixel as SCALE x SCALE; 1 writes the clip as it was sampled, 0 enlarges to a width of about 256."
+
+    @property
+    def files(self) -> dict:
+        "The files that will be written, as `planned`."
+        return planned(self.captions, range(self.seed, self.seed + self.count), self.out)
+
+    def check(self):
+        "What can be known without the model: ValueError or OSError for captions, numbers or files that cannot work."
+        self.check_wish()
+        at_least(0, scale=self.scale)
         free(*(path for videos, sheet in self.files.values() for path in (*videos, sheet)), force=self.force)
 
     def run(self):
@@ -194,7 +212,7 @@ class Presets:
             print(line(name, 'x'.join(map(str, f['clip'])), f"{f['sigma_in']:.3g}", f"{f['parameters'] / 1e6:,.1f}", f"{f['flop'] / 1e9:,.1f}",
                        f"{f['state'] / 1e9:,.2f}", config.text.get('name', 'its own')))
 
-# %% ../nbs/18_cli.ipynb #ac0c04cd
+# %% ../nbs/18_cli.ipynb #157b4009
 def literal(text: str):
     "What a word says as a Python literal (a number, a list, True, None), or the word itself."
     try: return ast.literal_eval(text)
@@ -203,23 +221,30 @@ def literal(text: str):
 def option(words: list, name: str, default: str) -> str:
     "The value that the words give to --name, before they are parsed."
     words = [part for word in words for part in (word.split('=', 1) if word.startswith('--') else [word])]
-    given = [after for word, after in zip(words, words[1:]) if word == f'--{name}']
+    given = [after for word, after in zip(words, words[1:]) if word.replace('_', '-') == f'--{name}']
     return (given or [default])[-1]
 
-# %% ../nbs/18_cli.ipynb #5a5330d3
+# %% ../nbs/18_cli.ipynb #dc31b4d7
 def train_command(words: list):
-    """What `snapvideo train` fills, the recipe of its --preset, and what it does then. The recipe's options of the data
-    hold unless --data names other data; --data-options come on top."""
-    from snapvideo_nb.training import recipe, train
-    base = recipe(option(words, 'preset', 'mini'))
+    """What `snapvideo train` fills, and what it does then. The defaults are the recipe of --preset or, with --init-from alone, the one that the model was made
+    with, in a run folder of its own. The recipe's options of the data hold unless --data names other data; --data-options come on top."""
+    from snapvideo_nb.training import recipe, train, tuning_recipe
+    preset, model = option(words, 'preset', ''), option(words, 'init-from', '')
+    base = recipe(preset or 'mini')
+    if model:
+        tuned = tuning_recipe(model)
+        base = replace(base, run=tuned.run, init_from=model) if preset else tuned
     def run(config):
+        choose_device(config.device)
         given = {key: literal(value) for key, value in config.data_options.items()}
+        if model: print(f'snapvideo: {model} is trained further in {config.run}, by the recipe of {preset or "its own training"}', file=sys.stderr)
         print(train(replace(config, data_options=(base.data_options if config.data == base.data else {}) | given)))
     return replace(base, data_options={}), run
 
-# %% ../nbs/18_cli.ipynb #d4b14392
+# %% ../nbs/18_cli.ipynb #1dd6bc8c
 @dataclass
 class ClipOptions:
+    "Which clips: the options of every command that looks at a data set."
     name: Annotated[Positional[str], arg(metavar='emoji|film|shapes|FOLDER')] = 'emoji'
     "A set of this package, a folder of videos or images (captions in its metadata.csv), or a Hub data set owner/name."
     count: int = 8
@@ -240,15 +265,10 @@ class ClipOptions:
         count = min(self.count, len(data))
         return [data[i*len(data) // count] for i in range(count)]
 
-# %% ../nbs/18_cli.ipynb #138ab87b
+# %% ../nbs/18_cli.ipynb #29711ffd
 @dataclass
-class DataShow(ClipOptions):
+class DataShow(Output, ClipOptions):
     """Look at a data set: print the captions of some clips and write a contact sheet (png), one row for each clip."""
-    out: Path = Path('outputs')
-    "Folder for the sheet; made when it is missing."
-    force: bool = False
-    "Overwrite a sheet of the same name."
-
     def run(self):
         "Write and print."
         sheet = self.out/f'{slug(Path(self.name).name)}-sheet.png'
@@ -289,7 +309,7 @@ def empty(folder: Path, force: bool = False):
         raise FileExistsError(f'{folder} is not empty: choose another --out, or --force')
     free(folder/'anything', force=force)
 
-# %% ../nbs/18_cli.ipynb #7efd5af2
+# %% ../nbs/18_cli.ipynb #f177d195
 @dataclass
 class DataEmoji:
     """Make the animated emoji set from its public packages, which npm fetches (165 to 197 MB each).
@@ -298,7 +318,7 @@ class DataEmoji:
     out: Path
     "Folder to write to."
     packages: tuple[int, ...] = (1,)
-    "Which of the packages 1 to 4; all four hold 734 subjects without skin-tone variants."
+    "Which of the packages 1 to 4; all four give 732 subjects, without skin-tone variants."
     size: int = 72
     "Side of a sprite in pixels."
     frames: int = 16

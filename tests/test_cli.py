@@ -100,6 +100,21 @@ def test_train_then_train_again_then_sample(folder, capsys):
     assert main(['sample', 'a circle', '--model', 'run/model', '--steps', '1', '--out', 'made']) == 0
 
 
+def test_fine_tuning_takes_the_models_own_recipe_and_a_folder_of_its_own(folder, capsys):
+    "Also from a folder of your own with fewer clips than a sheet of samples shows."
+    small = ['--workers', '0', '--sample-every', '0', '--steps', '1']
+    assert main(['train', '--preset', 'tiny', '--data', 'shapes', '--run', 'first', '--batch', '3', '--lr', '0.004', *small]) == 0
+    Path('mine').mkdir()
+    for name in 'ab': write_video(Path('mine', f'{name}.mp4'), np.full((8, 18, 32, 3), 90, np.uint8), 8)
+    Path('mine/metadata.csv').write_text('file_name,caption\na.mp4,a grey wall\nb.mp4,a wall\n')
+    before = contents(folder/'first')
+    assert main(['train', '--init-from', 'first/model', '--data', 'mine', *small]) == 0
+    assert 'runs/first-tuned' in capsys.readouterr().err and contents(folder/'first') == before
+    told = json.loads(Path('runs/first-tuned/config.json').read_text())
+    assert (told['preset'], told['batch'], told['lr'], told['data'], told['init_from']) == ('tiny', 3, .004, 'mine', 'first/model')
+    assert main(['train', '--init_from', 'mini', '--preset', 'tiny', '--steps', '0']) == 2
+
+
 def test_data_show_writes_a_sheet_and_prints_captions(folder, capsys):
     assert main(['data', 'show', 'shapes', '--count', '3', '--frames', '4', '--height', '18', '--width', '32', '--out', 'made']) == 0
     *captions, sheet = capsys.readouterr().out.splitlines()
@@ -129,6 +144,10 @@ def test_data_show_writes_a_sheet_and_prints_captions(folder, capsys):
     (['train', '--steps', '0'], ['steps']),
     (['train', '--batch', '0'], ['batch']),
     (['train', '--init-from', 'nowhere', '--data', 'shapes'], ['nowhere']),
+    (['train', '--init-from', 'nowhere', '--preset', 'tiny', '--data', 'shapes'], ['nowhere']),
+    (['train', '--preset', 'tiny', '--data', 'shapes', '--device', 'abacus'], ['--device abacus']),
+    (['train', '--preset', 'tiny', '--data', 'shapes', '--label-dropout', '2'], ['label_dropout', 'from 0 to 1']),
+    (['train', '--preset', 'tiny', '--data', 'shapes', '--seed', '-1'], ['seed', 'at least 0']),
     (['data', 'show', 'nowhere'], ['nowhere']),
     (['data', 'show', 'shapes', '--frames', '0'], ['--frames']),
     (['data', 'measure', 'nowhere'], ['nowhere']),
