@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FITConfig', 'pad_crop', 'patchify', 'unpatchify', 'sinusoids', 'first_positions', 'FITBlock', 'FIT', 'fit_work']
 
-# %% ../nbs/06_fit.ipynb #51f52b69
+# %% ../nbs/06_fit.ipynb #ea9a3abf
 import math
 from dataclasses import dataclass
 import torch
@@ -13,7 +13,7 @@ from torch import nn, Tensor
 from torch.nn import functional as F
 from einops import rearrange
 from jaxtyping import Float
-from .blocks import Attention, ConditionTokens, Conditions, FeedForward, SelfAttentionLayer
+from .blocks import Attention, ConditionTokens, Conditions, FeedForward, SelfAttentionLayer, run_block
 
 # %% ../nbs/06_fit.ipynb #b01430e8
 @dataclass(frozen=True)
@@ -123,12 +123,13 @@ class FITBlock(nn.Module):
         patches = patches + self.write_ff(patches)
         return patches.unflatten(0, (b, g)), latents
 
-# %% ../nbs/06_fit.ipynb #956fffcb
+# %% ../nbs/06_fit.ipynb #126a3bba
 class FIT(nn.Module):
     """Far-reaching Interleaved Transformer: F(c_in x, c_noise, conditions, latents) -> (F [b, 3, t, h, w], latents [b, m, l]).
 
     `latents` are those of the preceding evaluation (self-conditioning); None, or a sample's row all zero, means there are none."""
     self_conditioned = True
+    recompute = False
 
     def __init__(self, config: FITConfig):
         super().__init__()
@@ -165,7 +166,7 @@ class FIT(nn.Module):
         latents = self.start(latents, len(x))
         for block, kv in zip(self.blocks, keys_values):
             kv = [torch.cat(pair, 2) for pair in zip(kv, block.condition.keys_values(sigma))]
-            patches, latents = block(patches, latents, kv, mask)
+            patches, latents = run_block(block, patches, latents, kv, mask, recompute=self.recompute)
         video = unpatchify(self.head(patches), c.patch, c.group, c.groups)
         return pad_crop(video, (c.frames, c.height, c.width)), latents
 

@@ -63,13 +63,19 @@ class ModelConfig:
         try: return cls(**tuples(d | dict(network=NETWORKS[kind][1](**tuples(d['network'])))))
         except (TypeError, KeyError) as error: raise ValueError(f'not a model configuration ({error})') from None
 
-# %% ../nbs/07_model.ipynb #56f75473
+# %% ../nbs/07_model.ipynb #99fd707d
 t5 = dict(kind='hf', name='google-t5/t5-11b', length=128, width=1024)
 large = FITConfig(patch_width=1024, latents=768, latent_width=3072, patch_head=64, latent_head=128, condition_width=1024)
 own_text = dict(kind='small', width=128, layers=2, heads=4, length=32, vocab_size=512)
 short = dict(text_width=128, condition_width=128, local_layers=1, dropout=0., position='sinusoid', patch_head=64, latent_head=64)
 
-# %% ../nbs/07_model.ipynb #823f6770
+def study_fit(patch_width, latents, latent_width, blocks):
+    return ModelConfig(FITConfig(frames=8, height=18, width=32, patch=(1, 6, 4), group=(8, 3, 8), blocks=blocks, global_layers=1, patch_width=patch_width, latents=latents, latent_width=latent_width, **short), own_text, fps=8.)
+
+def study_unet(base, head):
+    return ModelConfig(UNetConfig(frames=8, height=18, width=32, base=base, multipliers=(1, 2, 2), res_blocks=1, attention=(16, 8), head=head, condition_width=96, text_width=128, groups=8, dropout=0.), own_text, fps=8.)
+
+# %% ../nbs/07_model.ipynb #40e79320
 PRESETS = {
     'tiny': ModelConfig(FITConfig(frames=4, height=9, width=16, patch=(1, 3, 4), group=(4, 3, 2), blocks=1, global_layers=1, patch_width=32, latents=8, latent_width=32,
                                   patch_head=16, latent_head=16, condition_width=32, text_width=32, dropout=0.),
@@ -84,6 +90,8 @@ PRESETS = {
     'fit-3.9b-up': ModelConfig(replace(large, height=288, width=512, group=(16, 18, 16), low_res=True), t5),
     'unet-mini': ModelConfig(UNetConfig(height=18, width=32, base=32, multipliers=(1, 3, 3), attention=(16, 8), head=32, condition_width=96, text_width=128,
                                         groups=8, dropout=0.), own_text, fps=8.),
+    'fit-s': study_fit(192, 64, 128, 2), 'fit-m': study_fit(256, 128, 256, 3), 'fit-l': study_fit(512, 128, 512, 3),
+    'unet-s': study_unet(16, 16), 'unet-m': study_unet(32, 32), 'unet-l': study_unet(64, 32),
     'unet-85m': ModelConfig(UNetConfig(base=128, multipliers=(1, 2, 2, 3)), t5),
     'unet-284m': ModelConfig(UNetConfig(), t5),
 }

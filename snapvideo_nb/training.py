@@ -8,8 +8,9 @@ __all__ = ['RECIPES', 'Subject', 'Schedule', 'Task', 'Average', 'Housekeeping', 
            'start_model', 'loss_by_noise', 'write_text', 'Checkpoints', 'Log', 'read_log', 'read_config', 'Run',
            'save_samples', 'training_step', 'train', 'averaged_model', 'tuning_recipe']
 
-# %% ../nbs/09_training.ipynb #e1b2e6ee
+# %% ../nbs/09_training.ipynb #4197d3f9
 import copy, json, math, os, shutil, time
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 from jaxtyping import Float
+from .blocks import plain_attention
 from .data import open_data
 from .diffusion import NoiseDistribution, diffusion_loss
 from .model import PRESETS, ModelConfig, SnapVideo, weights_folder
@@ -67,12 +69,14 @@ class Average:
     ema_halflife: float = 6000.  # Half-life of the averaged weights in steps, once reached (the paper's).
     ema_ramp: float = .05  # Until then the half-life is this share of the steps done.
 
-# %% ../nbs/09_training.ipynb #7adca7c4
+# %% ../nbs/09_training.ipynb #7f9c2748
 @dataclass(frozen=True)
 class Housekeeping:
     "The machine and the books: the last group of `TrainConfig`'s fields."
     precision: str = 'bf16'  # bf16 (autocast) or fp32.
     compile: bool = False  # Compile the network (a minute of warm-up).
+    fused_attention: bool = True  # Torch's fused attention. On a CPU its backward pass is slow, and short sequences train faster without.
+    recompute: bool = False  # Keep only what enters each block and compute the rest again in the backward pass: less memory, a third more work.
     device: str = 'cpu'  # cpu, cuda, cuda:1, ...
     workers: int = 1  # Processes that make clips ahead of the step.
     log_every: int = 20  # Steps between two lines of the log.
@@ -96,8 +100,8 @@ class TrainConfig(Housekeeping, Average, Task, Schedule, Subject):
         for name, known in (('weight', ('paper', 'unit')), ('precision', ('bf16', 'fp32'))):
             if getattr(self, name) not in known: raise ValueError(f'{name} must be one of {", ".join(known)}, not {getattr(self, name)!r}')
 
-# %% ../nbs/09_training.ipynb #2bf263a4
-RECIPES = {'mini': dict(data_options=dict(subjects=16, images=.1), steps=10_000, warmup=200, P_mean=-.5, weight='unit', self_conditioning=.3, checkpoint_every=250)}
+# %% ../nbs/09_training.ipynb #89c9e15a
+RECIPES = {'mini': dict(data_options=dict(subjects=16, images=.1), steps=10_000, warmup=200, P_mean=-.5, weight='unit', self_conditioning=.3, checkpoint_every=250, fused_attention=False)}
 
 # %% ../nbs/09_training.ipynb #c8ae3116
 def recipe(preset: str, **changes) -> TrainConfig:
@@ -279,10 +283,10 @@ def read_config(folder: str | Path) -> TrainConfig:
     try: return TrainConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(path.read_text('utf-8')).items()} | dict(run=str(folder)))
     except (TypeError, ValueError, AttributeError) as error: raise ValueError(f'{path}: not the configuration of a run ({error})') from None
 
-# %% ../nbs/09_training.ipynb #e2cc05ba
+# %% ../nbs/09_training.ipynb #918bf69b
 class Run:
     "A training run's folder. ValueError when it holds a run with another configuration; `free` names what may change between calls."
-    free = {'run', 'steps', 'max_seconds', 'log_every', 'sample_every', 'checkpoint_every', 'keep', 'workers', 'device', 'compile'}
+    free = {'run', 'steps', 'max_seconds', 'log_every', 'sample_every', 'checkpoint_every', 'keep', 'workers', 'device', 'compile', 'fused_attention', 'recompute'}
 
     def __init__(self, config: TrainConfig):
         self.config, self.folder = config, Path(config.run)
@@ -318,12 +322,12 @@ def training_step(model: SnapVideo, ema: SnapVideo, optimizer, batch: Batch, con
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - ema_decay(config, step))
     return loss.detach().cpu(), sigma.cpu(), float(norm)
 
-# %% ../nbs/09_training.ipynb #181b38fe
-def train(config: TrainConfig, clips=None, prompts: list[str] | None = None) -> Path:
+# %% ../nbs/09_training.ipynb #b2a2b929
+def train(config: TrainConfig, clips=None, prompts: list[str] | None = None, watch: Callable | None = None) -> Path:
     """Train, or continue, a run; returns its folder, where model/ holds the averaged model (bf16) once all steps are done.
 
-    `clips` may replace the data set that `config.data` names; `prompts` are what the sample sheets show (else the first captions of the data).
-    ValueError for a configuration that does not fit the run's folder, FloatingPointError when the loss is no longer a number."""
+    `clips` may replace the data set that `config.data` names; `prompts` are what the sample sheets show (else the first captions of the data);
+    `watch(step, averaged model)` is called after every step. ValueError for a configuration that does not fit the run's folder, FloatingPointError when the loss is no longer a number."""
     sizes = base_config(config).network
     if clips is None: clips = open_data(config.data, sizes.frames, sizes.height, sizes.width, **config.data_options)
     prompts = prompts or [clips[i].caption for i in range(min(8, len(clips)) if hasattr(clips, '__len__') else 8)]
@@ -332,10 +336,12 @@ def train(config: TrainConfig, clips=None, prompts: list[str] | None = None) -> 
     optimizer = torch.optim.AdamW(model.parameters(), config.lr, config.betas, weight_decay=config.weight_decay)
     start, seconds = run.checkpoints.load(model, ema, optimizer)
     run.begin(start)
+    model.network.recompute = config.recompute
     if config.compile: model.network.compile()
     done, began, seen, batches = start, time.time() - seconds, [], TrainingClips(clips, config.seed).batches(config, start)
     for done, batch in enumerate(tqdm(batches, initial=start, total=config.steps, desc=str(config.run), mininterval=5), start + 1):
-        *found, norm = training_step(model, ema, optimizer, batch, config, done - 1)
+        with plain_attention(not config.fused_attention): *found, norm = training_step(model, ema, optimizer, batch, config, done - 1)
+        if watch: watch(done, ema)
         seen, seconds = seen + [found], time.time() - began
         last = done == config.steps or bool(config.max_seconds and seconds > config.max_seconds)
         if last or done % config.log_every == 0:

@@ -6,7 +6,7 @@
 __all__ = ['UNetConfig', 'ResidualBlock', 'frame_waves', 'FrameAttention', 'SpaceTimeAttention', 'UNetStep', 'plan_steps', 'UNet',
            'journey', 'unet_work']
 
-# %% ../nbs/05_unet.ipynb #b75c07ab
+# %% ../nbs/05_unet.ipynb #8c9305b3
 import math
 from dataclasses import dataclass
 import torch
@@ -14,7 +14,7 @@ from torch import nn, Tensor
 from torch.nn import functional as F
 from einops import rearrange
 from jaxtyping import Bool, Float
-from .blocks import Attention, ConditionTokens, Conditions
+from .blocks import Attention, ConditionTokens, Conditions, run_block
 
 # %% ../nbs/05_unet.ipynb #5d2ba478
 @dataclass(frozen=True)
@@ -140,12 +140,13 @@ def plan_steps(c: UNetConfig) -> list[tuple]:
         if i: add(width, scale='up', side='up')
     return plan
 
-# %% ../nbs/05_unet.ipynb #87b5a893
+# %% ../nbs/05_unet.ipynb #ad62271a
 class UNet(nn.Module):
     """Separable space-time U-Net: F(c_in x, c_noise, conditions, latents) -> (F [b, 3, t, h, w], None). It carries nothing from one evaluation to the next.
 
     ADM with interleaved temporal attention (paper Table 7). ValueError where channels cannot be split into groups or heads, or `attention` names no width of the U."""
     self_conditioned = False
+    recompute = False
 
     def __init__(self, config: UNetConfig):
         super().__init__()
@@ -174,7 +175,7 @@ class UNet(nn.Module):
         kept = [h := self.stem(frames)]
         for step, kv in zip(self.steps, keys_values):
             if step.joins: h = torch.cat([h, kept.pop()], 1)
-            h = step(h, embedding, kv, mask)
+            h = run_block(step, h, embedding, kv, mask, recompute=self.recompute)
             if step.keeps: kept.append(h)
         return F.pad(rearrange(self.head(h), '(b t) c h w -> b c t h w', b=len(x)), [-n for n in c.pads]), None
 
