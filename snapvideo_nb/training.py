@@ -5,16 +5,18 @@
 # %% auto #0
 __all__ = ['RECIPES', 'Subject', 'Schedule', 'Task', 'Average', 'Housekeeping', 'TrainConfig', 'recipe', 'learning_rate',
            'ema_decay', 'step_seed', 'TrainingClips', 'previous_latents', 'autocast', 'training_loss', 'base_config',
-           'start_model', 'loss_by_noise', 'write_text', 'Checkpoints', 'Log', 'read_log', 'read_config', 'Run',
-           'save_samples', 'training_step', 'train', 'averaged_model', 'tuning_recipe']
+           'start_model', 'loss_by_noise', 'write_text', 'git_commit', 'provenance', 'cpu_name', 'Checkpoints', 'Log',
+           'read_log', 'read_config', 'Run', 'save_samples', 'training_step', 'train', 'averaged_model',
+           'tuning_recipe']
 
-# %% ../nbs/09_training.ipynb #4197d3f9
-import copy, json, math, os, shutil, time
+# %% ../nbs/09_training.ipynb #9f181cc3
+import copy, json, math, os, platform, shutil, subprocess, time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 import numpy as np, torch
+from . import __version__
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from safetensors.torch import load_file, save_file
@@ -202,6 +204,23 @@ def write_text(path: Path, text: str):
     new = path.with_name(path.name + '.tmp')
     new.write_text(text, 'utf-8')
     os.replace(new, path)
+
+# %% ../nbs/09_training.ipynb #dff3c86d
+def git_commit(folder: Path) -> str | None:
+    "The commit of the checkout that a folder belongs to; None outside of one."
+    try: return subprocess.run(['git', '-C', str(folder), 'rev-parse', '--short', 'HEAD'], capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError): return None
+
+def provenance(command: str, device='cpu', **more) -> dict:
+    "What a stored figure must say about its making: the command, version and commit of this package, torch, the hardware with its threads, the date, and whatever `more` matters."
+    device = torch.device(device)
+    hardware = torch.cuda.get_device_name(device) if device.type == 'cuda' else f'{torch.get_num_threads()} threads of {cpu_name()}'
+    return dict(command=command, version=__version__, commit=git_commit(Path(__file__).parent), torch=torch.__version__, hardware=hardware, date=time.strftime('%Y-%m-%d'), **more)
+
+def cpu_name() -> str:
+    "The processor's name as Linux tells it, or its architecture."
+    try: return next(line.split(':')[1].strip() for line in Path('/proc/cpuinfo').read_text().splitlines() if line.startswith('model name'))
+    except (OSError, StopIteration): return platform.machine()
 
 # %% ../nbs/09_training.ipynb #f8d5520e
 class Checkpoints:
