@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['COMMANDS', 'one_line', 'parse', 'slug', 'planned', 'write', 'at_least', 'free', 'choose_device', 'warn_unknown',
-           'Wish', 'Output', 'Sample', 'preset_facts', 'Presets', 'literal', 'option', 'train_command', 'ClipOptions',
-           'DataShow', 'DataMeasure', 'empty', 'DataEmoji', 'DataFilm', 'overview', 'choose', 'do', 'main']
+           'Wish', 'Output', 'Sample', 'preset_facts', 'Presets', 'literal', 'option', 'train_command', 'print_table',
+           'Scale', 'ClipOptions', 'DataShow', 'DataMeasure', 'empty', 'DataEmoji', 'DataFilm', 'overview', 'choose',
+           'do', 'main']
 
 # %% ../nbs/18_cli.ipynb #a7329757
 import ast, contextlib, difflib, io, json, os, re, sys, traceback, warnings
@@ -241,6 +242,94 @@ def train_command(words: list):
         print(train(replace(config, data_options=(base.data_options if config.data == base.data else {}) | given)))
     return replace(base, data_options={}), run
 
+# %% ../nbs/18_cli.ipynb #630338c5
+def print_table(rows: list[list[str]]):
+    "Rows of text, the head first, as a table: drawn by rich in a terminal, plain columns elsewhere."
+    if not sys.stdout.isatty():
+        widths = [max(map(len, column)) for column in zip(*rows)]
+        return print('\n'.join('  '.join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows))
+    from rich.console import Console
+    from rich.table import Table
+    drawn = Table(*rows[0])
+    for row in rows[1:]: drawn.add_row(*row)
+    Console().print(drawn)
+
+# %% ../nbs/18_cli.ipynb #94ffbbf5
+@dataclass
+class Scale:
+    """Time and weigh the networks of presets: one evaluation and one training step, per clip, with the memory of training.
+
+    Milliseconds are medians, with quartiles; "of rate" is the share of the speed that this machine reaches in one large
+    matrix product; ratios are to the last preset. The table is printed, and written with its conditions as JSON. With
+    --study learning, train pairs of networks of equal work instead (an hour and a half on two cores; the same command
+    goes on where it was stopped)."""
+    presets: tuple[str, ...] = ('unet-mini', 'mini')
+    "What to measure (see `snapvideo presets`)."
+    study: Annotated[str, arg(metavar='learning')] = ''
+    "A study to run instead of measuring."
+    longer: float = 1.
+    "For a study: how much longer than usual every run goes on; a finished study is continued."
+    device: Annotated[str, arg(metavar='cpu|cuda|...')] = ''
+    "Where to compute; a GPU when there is one, unless given."
+    precision: Annotated[str, arg(metavar='fp32|tf32|bf16')] = 'bf16'
+    "Arithmetic: float32, float32 with products rounded to 10 bits (NVIDIA), or bfloat16 where torch's autocast allows it."
+    batch: int = 0
+    "Clips in a pass; 0 takes as many as fit (a power of two; at most 16 on a CPU)."
+    rounds: int = 10
+    "Passes that count, of each kind."
+    warmup: int = 2
+    "Passes before these, that do not."
+    compile: bool = False
+    "Compile the networks."
+    recompute: bool = False
+    "Keep only what enters each block, and compute the rest again in the backward pass."
+    plain_attention: bool = False
+    "Train with attention that keeps its scores, instead of torch's fused kernel: faster for short sequences on a CPU."
+    out: Path = Path('data/results/scaling')
+    "Folder for the JSON; made when it is missing."
+    force: bool = False
+    "Overwrite a file of the same name."
+
+    def file(self, device) -> Path:
+        "The JSON that will be written, named after what is measured and where."
+        from snapvideo_nb.training import provenance
+        ways = [way for way in ('compile', 'recompute', 'plain_attention') if getattr(self, way)]
+        return self.out/f"{slug(' '.join([*self.presets, provenance('', device)['hardware'], self.precision, *ways]), 200)}.json"
+
+    def check(self):
+        "ValueError for numbers and words that cannot work."
+        at_least(1, rounds=self.rounds)
+        at_least(0, warmup=self.warmup, batch=self.batch)
+        if not self.presets: raise ValueError('no preset: say what to measure, as in --presets unet-mini mini')
+        if self.study not in ('', 'learning'): raise ValueError(f"--study must be learning, not {self.study!r}")
+        if not 0 < self.longer < float('inf'): raise ValueError(f'--longer must be positive, not {self.longer}')
+
+    def run(self):
+        "Measure, print and write; or run the study."
+        self.check()
+        device = choose_device(self.device)
+        return self.learn(device) if self.study else self.measure(device)
+
+    def learn(self, device):
+        "Run, or continue, the learning study."
+        from snapvideo_nb.learning import final, learning_study
+        records = learning_study(self.out/'learning', longer=self.longer, device=str(device))
+        rows = [[r['protocol']['config']['preset'], str(r['protocol']['config']['seed']), max(r['curve'], key=int), f'{final(r):.4f}'] for r in records]
+        print_table([['preset', 'seed', 'steps', 'loss'], *rows])
+        print(self.out/'learning')
+
+    def measure(self, device):
+        "Time and weigh."
+        from snapvideo_nb.speed import measure, table
+        from snapvideo_nb.training import write_text
+        free(path := self.file(device), force=self.force)
+        record = measure(list(self.presets), str(device), self.precision, self.batch, self.rounds, self.warmup, self.compile, self.recompute, not self.plain_attention,
+                         lambda text: print(f'snapvideo: measuring {text}', file=sys.stderr))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, json.dumps(record, indent=1))
+        print_table(table(record))
+        print(path)
+
 # %% ../nbs/18_cli.ipynb #1dd6bc8c
 @dataclass
 class ClipOptions:
@@ -362,11 +451,12 @@ class DataFilm:
         rows = build_film(self.out, self.downloads, self.height, self.width, force=self.force)
         print(f'{len(rows)} shots in {self.out}')
 
-# %% ../nbs/18_cli.ipynb #721b271c
+# %% ../nbs/18_cli.ipynb #5370c493
 COMMANDS = {  # what it does, and what it needs: a function of its words that gives (configuration, what to do with it)
     'sample': ('turn captions into videos', lambda words: (Sample, Sample.run)),
     'train': ('train a model, or go on training it', train_command),
     'presets': ('list the models that can be trained', lambda words: (Presets, Presets.run)),
+    'scale': ('time and weigh models on this machine', lambda words: (Scale, Scale.run)),
     'data show': ('look at a data set', lambda words: (DataShow, DataShow.run)),
     'data measure': ('measure the input scale that your own clips ask for', lambda words: (DataMeasure, DataMeasure.run)),
     'data emoji': ('make the animated emoji set from its packages', lambda words: (DataEmoji, DataEmoji.run)),

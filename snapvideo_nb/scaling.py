@@ -21,15 +21,16 @@ from .fit import FITConfig, fit_work
 from .model import NETWORKS
 from .unet import unet_work
 
-# %% ../nbs/14_scaling.ipynb #def23ccb
+# %% ../nbs/14_scaling.ipynb #7c56dcbd
 @dataclass(frozen=True)
 class Op:
-    "One operation of a pass: its name, the module that ran it, its FLOPs, the bytes of its inputs and outputs, and whether it came in the backward pass."
+    "One operation of a pass: its name, the module that ran it, its FLOPs, the bytes of its inputs and outputs, whether it came in the backward pass, and its seconds where a clock was running."
     name: str
     module: str
     flops: int
     bytes: int
     backward: bool = False
+    seconds: float = 0.
 
 # %% ../nbs/14_scaling.ipynb #0db165f2
 aten = torch.ops.aten
@@ -37,24 +38,31 @@ moves_nothing = {aten.detach, aten._unsafe_view, aten.empty, aten.empty_like, at
 fused_attention = {aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q.shape, k.shape, v.shape),
                    aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda _, q, k, v, *__, **___: 5*sdpa_flop_count(q.shape, k.shape, v.shape)//2}
 
-# %% ../nbs/14_scaling.ipynb #7eefb958
+# %% ../nbs/14_scaling.ipynb #9445241d
 class Ledger(TorchDispatchMode):
     "While active, writes down every operation, and for those of `network` the module that ran it: `ops`, a list of `Op`. Set `backward` before the backward pass."
     def __init__(self, network: nn.Module | None = None):
         super().__init__()
         self.ops, self.inside, self.backward = [], [''], False
-        for name, module in network.named_modules() if network else ():
-            module.register_forward_pre_hook(lambda *_, name=name: self.inside.append(name))
-            module.register_forward_hook(lambda *_: self.inside.__delitem__(-1))
+        self.hooks = [hook for name, module in (network.named_modules() if network else ()) for hook in (
+            module.register_forward_pre_hook(lambda *_, name=name: self.inside.append(name)), module.register_forward_hook(lambda *_: self.inside.__delitem__(-1)))]
+
+    def __exit__(self, *error):
+        for hook in self.hooks: hook.remove()
+        return super().__exit__(*error)
+
+    def run(self, func, args, kwargs) -> tuple:
+        "The operation's result, and the seconds that it took (0: no clock)."
+        return func(*args, **kwargs), 0.
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out, packet = func(*args, **(kwargs or {})), func._overloadpacket
+        (out, seconds), packet = self.run(func, args, kwargs or {}), func._overloadpacket
         tensors = [t for t in tree_leaves((args, kwargs, out)) if isinstance(t, Tensor)]
         if func.namespace == 'aten' and tensors and not func.is_view and packet not in moves_nothing:
             if packet in fused_attention: flops = fused_attention[packet](*args)
             else: flops = flop_registry[packet](*args, **(kwargs or {}), out_val=out) if packet in flop_registry else 0
             size = sum(t.numel()*t.element_size() for t in tensors)
-            self.ops.append(Op(packet.__name__, self.inside[-1], flops, size, self.backward))
+            self.ops.append(Op(packet.__name__, self.inside[-1], flops, size, self.backward, seconds))
         return out
 
 # %% ../nbs/14_scaling.ipynb #e2ac4fe5
@@ -97,11 +105,11 @@ def work(network, text_tokens: int = 128) -> dict[str, int]:
     if isinstance(network, FITConfig): return fit_work(network, text_tokens)
     with torch.device('meta'): return unet_work(build(network), text_tokens)
 
-# %% ../nbs/14_scaling.ipynb #3cd289a8
-def training_work(network, self_conditioning: float = .9) -> float:
+# %% ../nbs/14_scaling.ipynb #4d0afa08
+def training_work(network, self_conditioning: float = .9, text_tokens: int = 128) -> float:
     "FLOPs of a training step for one clip: forward, backward, and a FIT's extra pass with probability `self_conditioning`."
     extra = self_conditioning if isinstance(network, FITConfig) else 0.
-    return total(ledger(network, training=True)) + extra*total(ledger(network))
+    return total(ledger(network, training=True, text_tokens=text_tokens)) + extra*total(ledger(network, text_tokens=text_tokens))
 
 # %% ../nbs/14_scaling.ipynb #bdf003ac
 def resized(network, frames: int | None = None, height: int | None = None, width: int | None = None):

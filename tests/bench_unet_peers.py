@@ -96,7 +96,6 @@ def main():
         rows[name] = dict(base=base, parameters=count(network), gflop=operations(network, call, c)/1e9, ms=[])
         network, call = make(c, o.batch, o.device, base)
         network = network.to(o.device).train(o.backward)
-        if name.startswith('snapvideo'): network = network.to(memory_format=torch.channels_last)
         networks[name] = (torch.compile(network) if o.compile else network), call
     x, t = torch.randn(o.batch, 3, c.frames, c.height, c.width, device=o.device), torch.zeros(o.batch, device=o.device)
     sync = torch.cuda.synchronize if cuda else lambda: None

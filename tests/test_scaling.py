@@ -1,0 +1,107 @@
+"""What the scaling notebooks cannot hold: passes computed twice, runs that stop and go on, processes that end early."""
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from snapvideo_nb import blocks, learning, speed
+from snapvideo_nb.cli import main, print_table
+from snapvideo_nb.model import PRESETS
+from snapvideo_nb.scaling import Ledger, build, example, kept_bytes, ledger, total
+from snapvideo_nb.training import recipe, train
+from snapvideo_nb.unet import UNetConfig
+
+FIT = replace(PRESETS['tiny'].network, blocks=2, dropout=.2)
+UNET = UNetConfig(frames=4, height=8, width=16, base=16, multipliers=(1, 2), res_blocks=1, attention=(8,), head=8, condition_width=32, text_width=32, groups=4, dropout=.2)
+
+
+def gradients(network, inputs, recompute: bool):
+    torch.manual_seed(1)
+    network.recompute = recompute
+    network.zero_grad()
+    network(*inputs)[0].square().mean().backward()
+    return {name: p.grad.clone() for name, p in network.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize('config', [FIT, UNET], ids=['fit', 'unet'])
+def test_recomputing_gives_the_same_gradients_and_keeps_less(config):
+    torch.manual_seed(0)
+    network, inputs = build(config).train(), example(config, 2, 8)
+    for p in network.parameters():
+        if not p.any(): torch.nn.init.normal_(p, std=.1)
+    usual, again = gradients(network, inputs, False), gradients(network, inputs, True)
+    assert usual.keys() == again.keys() and all(torch.equal(usual[name], again[name]) for name in usual)
+    assert sum(g.abs().sum() for g in usual.values()) > 0
+
+
+def test_a_recomputed_run_is_the_same_run(tmp_path):
+    runs = [train(recipe('tiny', run=str(tmp_path/str(recompute)), data='shapes', steps=2, batch=4, sample_every=0, workers=0, fused_attention=False, recompute=recompute)) for recompute in (False, True)]
+    one, two = ((run/'model'/'model.safetensors').read_bytes() for run in runs)
+    assert one == two
+
+
+def test_plain_attention_ends_with_its_block_also_after_an_error():
+    allowed = torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed
+    with pytest.raises(KeyError):
+        with blocks.plain_attention():
+            assert allowed()
+            raise KeyError
+    assert not allowed() and torch.backends.cuda.flash_sdp_enabled()
+
+
+def test_a_ledger_leaves_no_hook_behind():
+    network, inputs = build(FIT), example(FIT, 1, 8)
+    with Ledger(network) as book, torch.no_grad(): network(*inputs)
+    with Ledger(network) as again, torch.no_grad(): network(*inputs)
+    assert [op.module for op in book.ops] == [op.module for op in again.ops]
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in network.modules())
+
+
+def test_a_stopwatch_counts_what_the_ledger_counts():
+    passes = speed.Passes(FIT, 2, 'fp32', text_tokens=8)
+    with speed.Stopwatch(passes.network) as watch: passes.evaluate()
+    counted = total(ledger(FIT, 2, precision='fp32', text_tokens=8))
+    assert 0 < counted - total(watch.ops) < .2*counted  # all but what was prepared before
+
+
+def test_memory_of_a_network_that_cannot_be_made_is_told():
+    with pytest.raises(ChildProcessError, match='ended early'): speed.peak_bytes(replace(FIT, latents=3))
+
+
+def study(folder, steps):
+    config = learning.study_config('tiny', 0, .01, steps, folder/'runs', data='shapes', data_options={}, workers=0, batch=4, precision='fp32', checkpoint_every=2)
+    return learning.learn(config, folder/'out', learning.Probe('tiny', count=8))
+
+
+def test_a_study_goes_on_where_it_was_stopped(tmp_path):
+    whole = study(tmp_path/'whole', 6)
+    study(tmp_path/'parts', 2)
+    parts = study(tmp_path/'parts', 6)
+    assert parts['curve']['6'] == whole['curve']['6'] and set(parts['curve']) == {'2', '6'}
+    assert json.loads((tmp_path/'parts'/'out'/'tiny-lr0.01-seed0.json').read_text()) == parts
+    assert study(tmp_path/'parts', 6) == parts
+
+
+def test_the_examination_is_the_same_for_all_and_unlike_training(tmp_path):
+    one, two = learning.Probe('fit-m', count=8), learning.Probe('unet-m', count=8)
+    assert torch.equal(one.batches[0].video, two.batches[0].video) and torch.equal(one.noise[0], two.noise[0])
+    assert one.batches[0].captions != learning.Probe('fit-m', count=8, seed=0).batches[0].captions
+
+
+@pytest.mark.parametrize('words, says', [(['--presets', 'huge'], 'unknown preset'), (['--precision', 'fp8'], 'fp32, tf32 or bf16'), (['--rounds', '0'], '--rounds must be at least 1'),
+                                         (['--study', 'sleeping'], '--study must be learning'), (['--longer', '0'], '--longer must be positive'), (['--device', 'nowhere'], '--device nowhere')])
+def test_a_mistake_gets_one_line(words, says, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(['scale', *words]) == 2
+    said = capsys.readouterr()
+    assert says in said.err and not said.out and not list(tmp_path.iterdir())
+
+
+def test_a_table_is_drawn_in_a_terminal_and_plain_in_a_pipe(monkeypatch, capsys):
+    rows = [['preset', 'ms'], ['mini', '20']]
+    print_table(rows)
+    assert capsys.readouterr().out == 'preset  ms\nmini    20\n'
+    monkeypatch.setattr('sys.stdout.isatty', lambda: True)
+    print_table(rows)
+    assert {'preset', 'ms', 'mini', '20'} <= set(capsys.readouterr().out.replace('│', ' ').replace('┃', ' ').split())
