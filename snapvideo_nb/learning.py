@@ -70,8 +70,8 @@ def learn(config: TrainConfig, out: Path | str, probe: Probe) -> dict:
     train(config, watch=watch)
     return record
 
-# %% ../nbs/14c_learning.ipynb #0b4789ae
-STEPS = {'fit-m': 640, 'unet-m': 640, 'fit-s': 1280, 'unet-s': 1280, 'fit-l': 226, 'unet-l': 226}  # the same for both of a pair
+# %% ../nbs/14c_learning.ipynb #8ba63f96
+STEPS = {'fit-m': 640, 'unet-m': 640, 'fit-s': 1280, 'unet-s': 1280, 'fit-l': 160, 'unet-l': 160}  # the same for both of a pair
 RATES = (.0005, .001, .002)  # learning rates tried with the middle pair
 
 def final(record: dict) -> float:
