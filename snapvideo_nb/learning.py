@@ -70,7 +70,7 @@ def learn(config: TrainConfig, out: Path | str, probe: Probe) -> dict:
     train(config, watch=watch)
     return record
 
-# %% ../nbs/14c_learning.ipynb #8ba63f96
+# %% ../nbs/14c_learning.ipynb #b772ea0f
 STEPS = {'fit-m': 640, 'unet-m': 640, 'fit-s': 1280, 'unet-s': 1280, 'fit-l': 160, 'unet-l': 160}  # the same for both of a pair
 RATES = (.0005, .001, .002)  # learning rates tried with the middle pair
 
@@ -83,8 +83,8 @@ def best_rate(kind: str, out, runs, probe: Probe, steps: int = 120, **changes) -
     return min(RATES, key=lambda lr: final(learn(study_config(f'{kind}-m', 0, lr, steps, runs, **changes), Path(out)/'rates', probe)))
 
 def learning_study(out: Path | str = 'data/results/scaling/learning', runs: Path | str = 'runs/learning', longer: float = 1., **changes) -> list[dict]:
-    "All runs of the study, one after another; finished ones are read, an interrupted one goes on. `longer` multiplies the steps of all."
+    "All runs of the study, one after another: six members, and a second seed of the small pair for half as long. Finished runs are read, an interrupted one goes on. `longer` multiplies the steps of all."
     probe = Probe('fit-m')
     rates = {kind: best_rate(kind, out, runs, probe, **changes) for kind in ('fit', 'unet')}
-    members = [(preset, 0) for preset in STEPS] + [('fit-s', 1), ('unet-s', 1)]
-    return [learn(study_config(preset, seed, rates[preset.split('-')[0]], round(longer*STEPS[preset]), runs, **changes), out, probe) for preset, seed in members]
+    members = [(preset, 0, steps) for preset, steps in STEPS.items()] + [(preset, 1, STEPS[preset]//2) for preset in ('fit-s', 'unet-s')]
+    return [learn(study_config(preset, seed, rates[preset.split('-')[0]], round(longer*steps), runs, **changes), out, probe) for preset, seed, steps in members]
