@@ -51,7 +51,7 @@ class Probe:
         losses, levels = torch.cat(losses), torch.cat(self.level)
         return {f'{level:g}': round(losses[levels == level].mean().item(), 6) for level in LEVELS}
 
-# %% ../nbs/14c_learning.ipynb #5cdf5cf9
+# %% ../nbs/14c_learning.ipynb #ad3b989d
 MARKS = frozenset(round(20*2**(k/2)) for k in range(40))  # steps at which a run is examined: every half octave
 
 def learn(config: TrainConfig, out: Path | str, probe: Probe) -> dict:
@@ -68,7 +68,7 @@ def learn(config: TrainConfig, out: Path | str, probe: Probe) -> dict:
         record['protocol'] = provenance('snapvideo scale --study learning', config=asdict(config), probe_clips=sum(map(len, probe.batches)), flop='forward, backward and extra pass of the network, without the text encoder')
         write_text(path, json.dumps(record, indent=1))
     train(config, watch=watch)
-    return record
+    return json.loads(path.read_text('utf-8'))
 
 # %% ../nbs/14c_learning.ipynb #b772ea0f
 STEPS = {'fit-m': 640, 'unet-m': 640, 'fit-s': 1280, 'unet-s': 1280, 'fit-l': 160, 'unet-l': 160}  # the same for both of a pair

@@ -119,11 +119,11 @@ def resized(network, frames: int | None = None, height: int | None = None, width
     grid = [-(-n//p) for n, p in zip((new.frames, new.height, new.width), network.patch)]
     return replace(new, group=tuple(-(-n//g) for n, g in zip(grid, network.groups)))
 
-# %% ../nbs/14_scaling.ipynb #31bcc531
-def kept_bytes(network, batch: int, precision: str = 'bf16') -> int:
+# %% ../nbs/14_scaling.ipynb #7d4b101e
+def kept_bytes(network, batch: int, precision: str = 'bf16', text_tokens: int = 128) -> int:
     "Bytes that a forward pass keeps for its backward pass, parameters not counted."
     with FakeTensorMode(), ExitStack() as stack:
-        net, inputs = build(network).train(), example(network, batch)
+        net, inputs = build(network).train(), example(network, batch, text_tokens)
         own, kept = {id(s): s for s in (p.untyped_storage() for p in net.parameters())}, {}
         def keep(t):
             storage = t.untyped_storage()
@@ -139,16 +139,16 @@ def parameter_count(network) -> int:
     "Parameters of the network of a configuration, without text encoder."
     with torch.device('meta'): return sum(p.numel() for p in build(network).parameters())
 
-# %% ../nbs/14_scaling.ipynb #e854e4d6
-def memory(network, batch: int = 1, precision: str = 'bf16') -> dict[str, int]:
+# %% ../nbs/14_scaling.ipynb #2ebf37e1
+def memory(network, batch: int = 1, precision: str = 'bf16', text_tokens: int = 128) -> dict[str, int]:
     "Bytes that training holds: weights, gradients, optimizer (two moments), average, what is kept once per pass, and the activations of `batch` clips."
-    parameters, one, two = parameter_count(network), *(kept_bytes(network, b, precision) for b in (1, 2))
+    parameters, one, two = parameter_count(network), *(kept_bytes(network, b, precision, text_tokens) for b in (1, 2))
     return dict(weights=4*parameters, gradients=4*parameters, optimizer=8*parameters, average=4*parameters,
                 once=2*one - two, activations=batch*(two - one))
 
-# %% ../nbs/14_scaling.ipynb #53ec0475
+# %% ../nbs/14_scaling.ipynb #cb2ea109
 def largest_batch(network, card: float, precision: str = 'bf16') -> int:
-    "How many clips fit into training on a card of `card` bytes, by `memory`: an upper bound, as buffers of the backward pass come on top."
+    "How many clips fit into training on a card of `card` bytes, by `memory`: an estimate, as buffers come on top and gradients take the place of activations that are no longer needed."
     m = memory(network, 1, precision)
     return max(0, int((card - sum(m.values()) + m['activations'])//m['activations']))
 

@@ -7,8 +7,8 @@ __all__ = ['PARTS', 'CHILD', 'synchronize', 'take_turns', 'quartiles', 'arithmet
            'measured_machine', 'Stopwatch', 'part', 'Passes', 'fitting_batch', 'usual_batch', 'resident', 'raised_peak',
            'peak_bytes', 'timed', 'measure', 'table']
 
-# %% ../nbs/14b_speed.ipynb #919bfb31
-import json, os, statistics, subprocess, sys, time
+# %% ../nbs/14b_speed.ipynb #180360df
+import gc, json, os, statistics, subprocess, sys, time
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import replace
@@ -41,16 +41,17 @@ def quartiles(values: list[float]) -> tuple[float, float, float]:
     "Lower quartile, median and upper quartile."
     return tuple(statistics.quantiles(values, n=4, method='inclusive')) if len(values) > 1 else (values[0],)*3
 
-# %% ../nbs/14b_speed.ipynb #2c372574
+# %% ../nbs/14b_speed.ipynb #e4a73667
 @contextmanager
 def arithmetic(precision: str = 'bf16', device='cpu'):
     "While this lasts, networks compute in 'fp32', 'tf32' (float32 whose products round to 10 bits, on NVIDIA GPUs) or 'bf16' (autocast). ValueError for another word."
     if precision not in ('fp32', 'tf32', 'bf16'): raise ValueError(f'precision must be fp32, tf32 or bf16, not {precision!r}')
-    switches = torch.backends.cuda.matmul, torch.backends.cudnn
+    kind, switches = torch.device(device).type, (torch.backends.cuda.matmul, torch.backends.cudnn)
+    if precision == 'tf32' and kind != 'cuda': raise ValueError('tf32 is an arithmetic of NVIDIA GPUs')
     was = [switch.allow_tf32 for switch in switches]
     for switch in switches: switch.allow_tf32 = precision == 'tf32'
     try:
-        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == 'bf16'): yield
+        with torch.autocast(kind, torch.bfloat16, enabled=precision == 'bf16'): yield
     finally:
         for switch, value in zip(switches, was): switch.allow_tf32 = value
 
@@ -90,7 +91,7 @@ def part(op: Op) -> str:
     if any(word.endswith('_ff') or word == 'feed_forward' for word in path): return 'feed-forward'
     return next((PARTS[word] for word in path if word in PARTS), 'the rest')
 
-# %% ../nbs/14b_speed.ipynb #554c3605
+# %% ../nbs/14b_speed.ipynb #c060e9bf
 class Passes:
     """A network with what is timed about it: `evaluate()`, one evaluation as sampling does it (what can be prepared once per clip is), and `train()`, one training
     step: a FIT's extra pass for nine clips in ten, forward, backward and AdamW. Random inputs of `batch` clips; text encoder and framework are left out."""
@@ -99,7 +100,7 @@ class Passes:
         with torch.device(device): self.network = build(network)
         self.network.recompute = recompute
         self.optimizer = torch.optim.AdamW(self.network.parameters())
-        if compile: self.network.compile()
+        if compile: self.network.compile(dynamic=False)
         self.resize(batch)
 
     def resize(self, batch: int):
@@ -113,10 +114,15 @@ class Passes:
         self.network.eval()
         with arithmetic(self.precision, self.device): return self.network(x, c_noise, self.prepared)[0]
 
+    @property
+    def share(self) -> float:
+        "Which share of the clips gets the extra pass: as near to nine in ten as the batch allows, none for a network without."
+        return max(1, round(.9*self.batch))/self.batch if self.network.self_conditioned else 0.
+
     def extra(self):
         "The latents of the extra pass of self-conditioning; None for a network without."
         if not self.network.self_conditioned: return None
-        x, c_noise, told = (value[:max(1, round(.9*self.batch))] for value in self.inputs)
+        x, c_noise, told = (value[:round(self.share*self.batch)] for value in self.inputs)
         with torch.no_grad(), arithmetic(self.precision, self.device): latents = self.network(x, c_noise, told)[1]
         return torch.cat([latents, latents.new_zeros(self.batch - len(latents), *latents.shape[1:])])
 
@@ -124,19 +130,20 @@ class Passes:
         self.network.train()
         with plain_attention(not self.fused):
             latents = self.extra()
-            with arithmetic(self.precision, self.device): loss = self.network(*self.inputs, latents)[0].float().square().mean()
-            loss.backward()
+            with arithmetic(self.precision, self.device):
+                loss = self.network(*self.inputs, latents)[0].float().square().mean()
+                with torch.autocast(torch.device(self.device).type, enabled=False): loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
 
-# %% ../nbs/14b_speed.ipynb #704d1677
+# %% ../nbs/14b_speed.ipynb #81184c39
 def fitting_batch(passes: Passes, what: str, limit: int = 1024) -> int:
     "The largest power of two of clips, up to `limit`, with which a pass ('train' or 'evaluate') fits into a GPU's memory, by trying; 0 when not even one fits."
     best, batch = 0, 1
     while batch <= limit:
         try:
             passes.resize(batch)
-            getattr(passes, what)()
+            for _ in range(2): getattr(passes, what)()
         except torch.OutOfMemoryError: break
         best, batch = batch, 2*batch
     passes.optimizer.zero_grad()
@@ -148,7 +155,7 @@ def usual_batch(network, precision: str = 'bf16', limit: int = 16) -> int:
     most = largest_batch(network, os.sysconf('SC_PHYS_PAGES')*os.sysconf('SC_PAGE_SIZE')/2, 'bf16' if precision == 'bf16' else 'fp32')
     return 1 << (max(1, min(most, limit)).bit_length() - 1)
 
-# %% ../nbs/14b_speed.ipynb #e7d297f1
+# %% ../nbs/14b_speed.ipynb #02741eb4
 def resident(peak: bool) -> int:
     "Bytes of memory that this process holds, or held at its peak (Linux)."
     key = 'VmHWM:' if peak else 'VmRSS:'
@@ -170,6 +177,7 @@ print(raised_peak(ModelConfig.from_dict(told['model']).network, **told['options'
 def peak_bytes(network, **options) -> int:
     "Peak memory of training steps (weights, gradients, moments, activations, buffers), measured: by torch on a GPU, else in a process of its own. ChildProcessError if that one ends early."
     if torch.device(options.get('device', 'cpu')).type == 'cuda':
+        gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         before, passes = torch.cuda.memory_allocated(), Passes(network, **options)
@@ -180,14 +188,15 @@ def peak_bytes(network, **options) -> int:
     if child.returncode: raise ChildProcessError(f'the process that measures memory ended early ({(child.stderr.splitlines() or ["killed"])[-1]})')
     return int(child.stdout)
 
-# %% ../nbs/14b_speed.ipynb #4c132c49
+# %% ../nbs/14b_speed.ipynb #b3d35a9a
 def timed(passes: dict[str, Passes], what: str, rate: float, rounds: int, warmup: int, device) -> dict[str, dict]:
     "For every network the seconds of its passes, taking turns, as milliseconds per clip with quartiles, and the share of `rate` that the counted work reached."
     rows = {}
     for name, seconds in take_turns({name: getattr(p, what) for name, p in passes.items()}, rounds, warmup, device).items():
         p = passes[name]
         low, middle, high = quartiles([1e3*s/p.batch for s in seconds])
-        flop = training_work(p.config, text_tokens=p.text_tokens) if what == 'train' else total(ledger(p.config, text_tokens=p.text_tokens))
+        with plain_attention(what == 'train' and not p.fused):
+            flop = training_work(p.config, p.share, p.text_tokens) if what == 'train' else total(ledger(p.config, text_tokens=p.text_tokens))
         rows[name] = dict(batch=p.batch, ms=middle, low=low, high=high, gflop=flop/1e9, share=flop/(middle/1e3)/rate)
     return rows
 
@@ -197,6 +206,7 @@ def measure(presets: list[str], device='cpu', precision: str = 'bf16', batch: in
 
     `batch` 0 takes the largest power of two that fits into a GPU, for training and evaluation apart, and on a CPU at most 16. On a CPU, or with a `batch` given, the
     networks take turns; otherwise each has the GPU's memory to itself. ValueError for an unknown preset, or one that does not fit."""
+    presets = list(dict.fromkeys(presets))
     if unknown := [name for name in presets if name not in PRESETS]: raise ValueError(f'unknown preset {unknown[0]!r}; there are: {", ".join(PRESETS)}')
     began, cuda = time.time(), torch.device(device).type == 'cuda'
     progress('the machine')
@@ -206,27 +216,37 @@ def measure(presets: list[str], device='cpu', precision: str = 'bf16', batch: in
     rows = {name: dict(parameters=parameter_count(size['network'])) for name, size in sizes.items()}
     for group in [[name] for name in presets] if cuda and not batch else [list(presets)]:
         progress(' and '.join(group))
-        passes = {name: Passes(**sizes[name], **options, compile=compile) for name in group}
+        passes = {name: Passes(**sizes[name], **options) for name in group}
         for what in ('evaluate', 'train'):
             for name, p in passes.items():
-                p.resize(batch or (fitting_batch(p, what) if cuda else usual_batch(p.config, precision)))
-                if not p.batch: raise ValueError(f'{name} does not fit into this device')
-            for name, row in timed(passes, what, machine.rate, rounds, warmup, device).items(): rows[name][what] = row
+                p.resize(batch or (fitting_batch(p, what) if cuda else usual_batch(p.config, precision)) or 1)
+                if compile: p.network.compile(dynamic=False)
+            try: found = timed(passes, what, machine.rate, rounds, warmup, device)
+            except torch.OutOfMemoryError: raise ValueError(f"{' and '.join(group)}: out of memory with batches of {', '.join(str(p.batch) for p in passes.values())}") from None
+            for name, row in found.items(): rows[name][what] = row
+            for p in passes.values(): p.network._compiled_call_impl = None  # the next batch is found without
+            if compile: torch._dynamo.reset()
         batches = {name: p.batch for name, p in passes.items()}
+        shares = {name: p.share for name, p in passes.items()}
         del passes, p
         for name in group:
-            rows[name]['formula_bytes'] = sum(memory(sizes[name]['network'], batches[name], 'bf16' if precision == 'bf16' else 'fp32').values())
-            rows[name]['peak_bytes'] = peak_bytes(**sizes[name], **options, batch=batches[name])
+            rows[name]['train']['extra_pass'] = shares[name]
+            with plain_attention(not fused): rows[name]['formula_bytes'] = sum(memory(sizes[name]['network'], batches[name], 'bf16' if precision == 'bf16' else 'fp32', sizes[name]['text_tokens']).values())
+            try: rows[name]['peak_bytes'] = peak_bytes(**sizes[name], **options, batch=batches[name])
+            except (ChildProcessError, torch.OutOfMemoryError) as error:
+                rows[name]['peak_bytes'] = None
+                progress(f'the memory of {name} failed: {error}')
     protocol = provenance('snapvideo scale', device, precision=precision, compile=compile, recompute=recompute, fused_attention=fused, rounds=rounds, warmup=warmup, figures='medians and quartiles of milliseconds per clip',
-                          evaluation='no gradient; what does not depend on sigma is prepared before', training='extra pass of a FIT for 9 clips in 10, forward, backward, AdamW in fp32; no text encoder',
+                          evaluation='no gradient; what does not depend on sigma is prepared before', training='extra pass of a FIT for the share `extra_pass` of the clips, forward, backward, AdamW in fp32; no text encoder',
                           turns='apart' if cuda and not batch else 'in turns', seconds=round(time.time() - began))
     return dict(protocol=protocol, machine=dict(rate=machine.rate, bandwidth=machine.bandwidth), rows=rows)
 
-# %% ../nbs/14b_speed.ipynb #6fa0861f
+# %% ../nbs/14b_speed.ipynb #cf3662c8
 def table(record: dict) -> list[list[str]]:
     "A record of `measure` as rows of text, the head first; the last columns are the times over those of the last preset."
     last = list(record['rows'].values())[-1]
     head = ['preset', 'parameters', 'GFLOP', 'evaluation ms (quartiles)', 'batch', 'of rate', 'training ms (quartiles)', 'batch', 'of rate', 'memory GB (formula)', 'evaluation ratio', 'training ratio']
-    cells = lambda t: [f"{t['ms']:.4g} ({t['low']:.4g}-{t['high']:.4g})", str(t['batch']), f"{t['share']:.0%}"]
-    return [head] + [[name, f"{row['parameters']/1e6:.1f}M", f"{row['evaluate']['gflop']:.4g}", *cells(row['evaluate']), *cells(row['train']), f"{row['peak_bytes']/1e9:.3g} ({row['formula_bytes']/1e9:.3g})",
+    number = lambda ms: f'{ms:,.0f}' if ms >= 100 else f'{ms:.3g}'
+    cells = lambda t: [f"{number(t['ms'])} ({number(t['low'])}-{number(t['high'])})", str(t['batch']), f"{t['share']:.0%}"]
+    return [head] + [[name, f"{row['parameters']/1e6:.1f}M", f"{row['evaluate']['gflop']:.4g}", *cells(row['evaluate']), *cells(row['train']), f"{row['peak_bytes']/1e9:.3g} ({row['formula_bytes']/1e9:.3g})" if row['peak_bytes'] else f"? ({row['formula_bytes']/1e9:.3g})",
                       f"{row['evaluate']['ms']/last['evaluate']['ms']:.2f}", f"{row['train']['ms']/last['train']['ms']:.2f}"] for name, row in record['rows'].items()]

@@ -105,3 +105,20 @@ def test_a_table_is_drawn_in_a_terminal_and_plain_in_a_pipe(monkeypatch, capsys)
     monkeypatch.setattr('sys.stdout.isatty', lambda: True)
     print_table(rows)
     assert {'preset', 'ms', 'mini', '20'} <= set(capsys.readouterr().out.replace('│', ' ').replace('┃', ' ').split())
+
+
+def test_the_backward_pass_has_the_arithmetic_of_the_forward_pass():
+    passes, seen = speed.Passes(FIT, 2, 'fp32', text_tokens=8), []
+    assert torch.backends.cudnn.allow_tf32  # torch's default, which fp32 must not use
+    passes.network.head[1].weight.register_hook(lambda gradient: seen.append(torch.backends.cudnn.allow_tf32))
+    passes.train()
+    assert seen == [False] and torch.backends.cudnn.allow_tf32
+
+
+def test_tf32_is_refused_where_there_is_none():
+    with pytest.raises(ValueError, match='NVIDIA'), speed.arithmetic('tf32', 'cpu'): pass
+
+
+def test_a_batch_gets_the_extra_pass_as_nearly_nine_times_in_ten_as_it_can():
+    assert [round(speed.Passes(FIT, batch, text_tokens=8).share, 3) for batch in (1, 4, 16)] == [1, 1, .875]
+    assert speed.Passes(UNET, 4, text_tokens=8).share == 0
