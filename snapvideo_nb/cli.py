@@ -254,7 +254,7 @@ def print_table(rows: list[list[str]]):
     for row in rows[1:]: drawn.add_row(*row)
     Console().print(drawn)
 
-# %% ../nbs/18_cli.ipynb #94ffbbf5
+# %% ../nbs/18_cli.ipynb #d13930e3
 @dataclass
 class Scale:
     """Time and weigh the networks of presets: one evaluation and one training step, per clip, with the memory of training.
@@ -293,8 +293,8 @@ class Scale:
     def file(self, device) -> Path:
         "The JSON that will be written, named after what is measured and where."
         from snapvideo_nb.training import provenance
-        ways = [way for way in ('compile', 'recompute', 'plain_attention') if getattr(self, way)]
-        return self.out/f"{slug(' '.join([*self.presets, provenance('', device)['hardware'], self.precision, *ways]), 200)}.json"
+        ways = [f'batch {self.batch}']*bool(self.batch) + [way for way in ('compile', 'recompute', 'plain_attention') if getattr(self, way)]
+        return self.out/f"{slug(' '.join([*dict.fromkeys(self.presets), provenance('', device)['hardware'], self.precision, *ways]), 200)}.json"
 
     def check(self):
         "ValueError for numbers and words that cannot work."

@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['PARTS', 'CHILD', 'synchronize', 'take_turns', 'quartiles', 'arithmetic', 'matrix_rate', 'copy_rate',
-           'measured_machine', 'Stopwatch', 'part', 'Passes', 'fitting_batch', 'usual_batch', 'resident', 'raised_peak',
-           'peak_bytes', 'timed', 'measure', 'table']
+           'measured_machine', 'Stopwatch', 'part', 'Passes', 'anatomy', 'fitting_batch', 'usual_batch', 'resident',
+           'raised_peak', 'peak_bytes', 'timed', 'weighed', 'measured_group', 'measure', 'table']
 
-# %% ../nbs/14b_speed.ipynb #180360df
+# %% ../nbs/14b_speed.ipynb #793f5d2b
 import gc, json, os, statistics, subprocess, sys, time
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 import torch
 from .blocks import plain_attention
@@ -41,19 +41,21 @@ def quartiles(values: list[float]) -> tuple[float, float, float]:
     "Lower quartile, median and upper quartile."
     return tuple(statistics.quantiles(values, n=4, method='inclusive')) if len(values) > 1 else (values[0],)*3
 
-# %% ../nbs/14b_speed.ipynb #e4a73667
+# %% ../nbs/14b_speed.ipynb #c2615ff5
 @contextmanager
 def arithmetic(precision: str = 'bf16', device='cpu'):
-    "While this lasts, networks compute in 'fp32', 'tf32' (float32 whose products round to 10 bits, on NVIDIA GPUs) or 'bf16' (autocast). ValueError for another word."
+    "While this lasts, networks compute in 'fp32', 'tf32' (float32 whose products round to 10 bits, on NVIDIA GPUs) or 'bf16' (autocast), and a GPU looks for its fastest convolutions. ValueError for another word."
     if precision not in ('fp32', 'tf32', 'bf16'): raise ValueError(f'precision must be fp32, tf32 or bf16, not {precision!r}')
     kind, switches = torch.device(device).type, (torch.backends.cuda.matmul, torch.backends.cudnn)
     if precision == 'tf32' and kind != 'cuda': raise ValueError('tf32 is an arithmetic of NVIDIA GPUs')
-    was = [switch.allow_tf32 for switch in switches]
+    was, searched = [switch.allow_tf32 for switch in switches], torch.backends.cudnn.benchmark
     for switch in switches: switch.allow_tf32 = precision == 'tf32'
+    torch.backends.cudnn.benchmark = True
     try:
         with torch.autocast(kind, torch.bfloat16, enabled=precision == 'bf16'): yield
     finally:
         for switch, value in zip(switches, was): switch.allow_tf32 = value
+        torch.backends.cudnn.benchmark = searched
 
 # %% ../nbs/14b_speed.ipynb #4a720073
 def matrix_rate(precision: str = 'bf16', device='cpu', size: int = 0, rounds: int = 10) -> float:
@@ -91,7 +93,7 @@ def part(op: Op) -> str:
     if any(word.endswith('_ff') or word == 'feed_forward' for word in path): return 'feed-forward'
     return next((PARTS[word] for word in path if word in PARTS), 'the rest')
 
-# %% ../nbs/14b_speed.ipynb #c060e9bf
+# %% ../nbs/14b_speed.ipynb #489ae3f1
 class Passes:
     """A network with what is timed about it: `evaluate()`, one evaluation as sampling does it (what can be prepared once per clip is), and `train()`, one training
     step: a FIT's extra pass for nine clips in ten, forward, backward and AdamW. Random inputs of `batch` clips; text encoder and framework are left out."""
@@ -100,11 +102,16 @@ class Passes:
         with torch.device(device): self.network = build(network)
         self.network.recompute = recompute
         self.optimizer = torch.optim.AdamW(self.network.parameters())
-        if compile: self.network.compile(dynamic=False)
         self.resize(batch)
+        if compile: self.compile()
+
+    def compile(self):
+        "From now on, until inputs change, the network runs compiled."
+        self.forward = torch.compile(self.network, dynamic=False)
 
     def resize(self, batch: int):
         "Other inputs: `batch` clips."
+        self.forward = self.network
         self.batch, self.inputs = batch, example(self.config, batch, self.text_tokens, self.device)
         with torch.no_grad(), arithmetic(self.precision, self.device): self.prepared = replace(self.inputs[2], prepared=self.network.prepare(self.inputs[2]))
 
@@ -112,7 +119,7 @@ class Passes:
     def evaluate(self):
         x, c_noise, _ = self.inputs
         self.network.eval()
-        with arithmetic(self.precision, self.device): return self.network(x, c_noise, self.prepared)[0]
+        with arithmetic(self.precision, self.device): return self.forward(x, c_noise, self.prepared)[0]
 
     @property
     def share(self) -> float:
@@ -123,7 +130,7 @@ class Passes:
         "The latents of the extra pass of self-conditioning; None for a network without."
         if not self.network.self_conditioned: return None
         x, c_noise, told = (value[:round(self.share*self.batch)] for value in self.inputs)
-        with torch.no_grad(), arithmetic(self.precision, self.device): latents = self.network(x, c_noise, told)[1]
+        with torch.no_grad(), arithmetic(self.precision, self.device): latents = self.forward(x, c_noise, told)[1]
         return torch.cat([latents, latents.new_zeros(self.batch - len(latents), *latents.shape[1:])])
 
     def train(self):
@@ -131,10 +138,22 @@ class Passes:
         with plain_attention(not self.fused):
             latents = self.extra()
             with arithmetic(self.precision, self.device):
-                loss = self.network(*self.inputs, latents)[0].float().square().mean()
+                loss = self.forward(*self.inputs, latents)[0].float().square().mean()
                 with torch.autocast(torch.device(self.device).type, enabled=False): loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
+
+# %% ../nbs/14b_speed.ipynb #42cfdfb2
+def anatomy(passes: Passes, machine: Machine, rounds: int = 5) -> dict[str, dict]:
+    "For every part of a network: FLOPs, bytes and seconds of an evaluation (the fastest of some, every operation timed alone), and the least seconds by the roofline."
+    passes.evaluate()
+    books = []
+    for _ in range(rounds):
+        with Stopwatch(passes.network) as watch: passes.evaluate()
+        books.append(watch.ops)
+    ops = min(books, key=lambda ops: total(ops, 'seconds'))
+    owned = {name: [op for op in ops if part(op) == name] for name in total(ops, 'seconds', by=part)}
+    return {name: dict(flops=total(own), bytes=total(own, 'bytes'), seconds=total(own, 'seconds'), roof=machine.seconds(own)) for name, own in owned.items()}
 
 # %% ../nbs/14b_speed.ipynb #81184c39
 def fitting_batch(passes: Passes, what: str, limit: int = 1024) -> int:
@@ -188,7 +207,7 @@ def peak_bytes(network, **options) -> int:
     if child.returncode: raise ChildProcessError(f'the process that measures memory ended early ({(child.stderr.splitlines() or ["killed"])[-1]})')
     return int(child.stdout)
 
-# %% ../nbs/14b_speed.ipynb #b3d35a9a
+# %% ../nbs/14b_speed.ipynb #114feded
 def timed(passes: dict[str, Passes], what: str, rate: float, rounds: int, warmup: int, device) -> dict[str, dict]:
     "For every network the seconds of its passes, taking turns, as milliseconds per clip with quartiles, and the share of `rate` that the counted work reached."
     rows = {}
@@ -200,6 +219,32 @@ def timed(passes: dict[str, Passes], what: str, rate: float, rounds: int, warmup
         rows[name] = dict(batch=p.batch, ms=middle, low=low, high=high, gflop=flop/1e9, share=flop/(middle/1e3)/rate)
     return rows
 
+def weighed(passes: Passes) -> dict:
+    "Bytes that training holds at its peak, by the formula and measured (None, with the reason, where that failed)."
+    options = dict(precision=passes.precision, device=passes.device, text_tokens=passes.text_tokens, recompute=passes.network.recompute, fused=passes.fused, batch=passes.batch)
+    with plain_attention(not passes.fused): formula = sum(memory(passes.config, passes.batch, 'bf16' if passes.precision == 'bf16' else 'fp32', passes.text_tokens).values())
+    del passes.network, passes.forward, passes.optimizer, passes.inputs, passes.prepared  # makes room
+    try: return dict(formula_bytes=formula, peak_bytes=peak_bytes(passes.config, **options))
+    except (ChildProcessError, torch.OutOfMemoryError) as error: return dict(formula_bytes=formula, peak_bytes=None, why=str(error).splitlines()[0])
+
+# %% ../nbs/14b_speed.ipynb #3d8f57cb
+def measured_group(group: dict[str, Passes], machine: Machine, batch: int, rounds: int, warmup: int, compile: bool) -> dict[str, dict]:
+    "The rows of networks that take turns, each with its own batch (the largest that fits into a GPU; `batch` if not 0). ValueError when that does not fit."
+    device, rows = next(iter(group.values())).device, {name: dict(parameters=parameter_count(p.config)) for name, p in group.items()}
+    for what in ('evaluate', 'train'):
+        try:
+            for p in group.values():
+                p.resize(batch or (fitting_batch(p, what) if torch.device(device).type == 'cuda' else usual_batch(p.config, p.precision)) or 1)
+                if compile: p.compile()
+            for name, row in timed(group, what, machine.rate, rounds, warmup, device).items(): rows[name][what] = row
+        except torch.OutOfMemoryError: raise ValueError(f"{' and '.join(group)}: out of memory with {', '.join(str(p.batch) for p in group.values())} clips") from None
+        if what == 'evaluate':
+            for name, p in group.items(): rows[name]['parts'] = anatomy(p, machine, rounds=3)
+    for name, p in group.items():
+        rows[name]['train']['extra_pass'] = p.share
+        rows[name] |= weighed(p)
+    return rows
+
 def measure(presets: list[str], device='cpu', precision: str = 'bf16', batch: int = 0, rounds: int = 10, warmup: int = 2, compile: bool = False, recompute: bool = False,
             fused: bool = True, progress: Callable = lambda text: None) -> dict:
     """Time and memory per clip of the networks of presets, with the protocol: a dictionary that `json` can write.
@@ -208,37 +253,17 @@ def measure(presets: list[str], device='cpu', precision: str = 'bf16', batch: in
     networks take turns; otherwise each has the GPU's memory to itself. ValueError for an unknown preset, or one that does not fit."""
     presets = list(dict.fromkeys(presets))
     if unknown := [name for name in presets if name not in PRESETS]: raise ValueError(f'unknown preset {unknown[0]!r}; there are: {", ".join(PRESETS)}')
-    began, cuda = time.time(), torch.device(device).type == 'cuda'
-    progress('the machine')
-    machine = measured_machine(precision, device)
-    options = dict(precision=precision, device=device, recompute=recompute, fused=fused)
-    sizes = {name: dict(network=PRESETS[name].network, text_tokens=PRESETS[name].text['length']) for name in presets}
-    rows = {name: dict(parameters=parameter_count(size['network'])) for name, size in sizes.items()}
-    for group in [[name] for name in presets] if cuda and not batch else [list(presets)]:
-        progress(' and '.join(group))
-        passes = {name: Passes(**sizes[name], **options) for name in group}
-        for what in ('evaluate', 'train'):
-            for name, p in passes.items():
-                p.resize(batch or (fitting_batch(p, what) if cuda else usual_batch(p.config, precision)) or 1)
-                if compile: p.network.compile(dynamic=False)
-            try: found = timed(passes, what, machine.rate, rounds, warmup, device)
-            except torch.OutOfMemoryError: raise ValueError(f"{' and '.join(group)}: out of memory with batches of {', '.join(str(p.batch) for p in passes.values())}") from None
-            for name, row in found.items(): rows[name][what] = row
-            for p in passes.values(): p.network._compiled_call_impl = None  # the next batch is found without
-            if compile: torch._dynamo.reset()
-        batches = {name: p.batch for name, p in passes.items()}
-        shares = {name: p.share for name, p in passes.items()}
-        del passes, p
-        for name in group:
-            rows[name]['train']['extra_pass'] = shares[name]
-            with plain_attention(not fused): rows[name]['formula_bytes'] = sum(memory(sizes[name]['network'], batches[name], 'bf16' if precision == 'bf16' else 'fp32', sizes[name]['text_tokens']).values())
-            try: rows[name]['peak_bytes'] = peak_bytes(**sizes[name], **options, batch=batches[name])
-            except (ChildProcessError, torch.OutOfMemoryError) as error:
-                rows[name]['peak_bytes'] = None
-                progress(f'the memory of {name} failed: {error}')
+    began, cuda, rows = time.time(), torch.device(device).type == 'cuda', {}
+    with torch.cuda.device(device) if cuda else nullcontext(), torch._dynamo.config.patch(recompile_limit=64):
+        progress('the machine')
+        machine = measured_machine(precision, device)
+        for group in [[name] for name in presets] if cuda and not batch else [presets]:
+            progress(' and '.join(group))
+            passes = {name: Passes(PRESETS[name].network, 1, precision, device, PRESETS[name].text['length'], recompute=recompute, fused=fused) for name in group}
+            rows |= measured_group(passes, machine, batch, rounds, warmup, compile)
     protocol = provenance('snapvideo scale', device, precision=precision, compile=compile, recompute=recompute, fused_attention=fused, rounds=rounds, warmup=warmup, figures='medians and quartiles of milliseconds per clip',
                           evaluation='no gradient; what does not depend on sigma is prepared before', training='extra pass of a FIT for the share `extra_pass` of the clips, forward, backward, AdamW in fp32; no text encoder',
-                          turns='apart' if cuda and not batch else 'in turns', seconds=round(time.time() - began))
+                          parts='fastest of 3 evaluations, every operation timed alone, not compiled', turns='apart' if cuda and not batch else 'in turns', seconds=round(time.time() - began))
     return dict(protocol=protocol, machine=dict(rate=machine.rate, bandwidth=machine.bandwidth), rows=rows)
 
 # %% ../nbs/14b_speed.ipynb #cf3662c8

@@ -9,7 +9,8 @@ The peer has dependencies of its own, so give it an environment of its own:
 
 All read a picture of SIDE x SIDE patches of 4 x 4 pixels through 128 latents of width 128 in 3 blocks with one layer among the latents in each, heads of 64 channels, feed-forwards
 four times as wide. Two pairs: as both papers have them (no layers among patches, the noise level as a token), and as RIN-pytorch comes (linear attention among patches, the noise level scales and shifts
-every layer: many parameters, hardly any work) beside a FIT with a local layer in groups of 256 patches. The width of the patches is chosen so that parameters are nearest to those of the local FIT of width 192.
+every layer: many parameters, hardly any work) beside a FIT with a local layer in groups of 256 patches. FIT's patches are 256 wide without local layers and 192 with them; RIN's width, in steps of 16, is the one
+with which it has most nearly as many parameters as the FIT of its pair, position tables aside (FIT learns a row per patch, RIN computes its own from coordinates).
 RIN embeds its own last estimate with the picture, FIT also reads a caption of 32 tokens: each does what it must for its task. All networks take turns, round after round. The table gives the median
 time of a forward pass and of forward and backward together, per picture, and the ratio to the FIT of the pair. Training: attention that keeps its scores for FIT, and for RIN its own choice."""
 import argparse, json, sys, types
@@ -23,7 +24,7 @@ from snapvideo_nb.scaling import Ledger, example, total
 from snapvideo_nb.speed import arithmetic, matrix_rate, quartiles, take_turns
 from snapvideo_nb.training import provenance
 
-count = lambda network: sum(p.numel() for p in network.parameters())
+count = lambda network: sum(p.numel() for name, p in network.named_parameters() if name != 'position')
 
 
 def fit(width: int, side: int, local: int):
@@ -43,8 +44,8 @@ def rin(width: int, side: int, local: bool):
 
 
 def matched(make, parameters: int) -> int:
-    "The width of the patches, a multiple of 64, with which a network has most nearly so many parameters."
-    return min(range(64, 577, 64), key=lambda width: abs(count(make(width)) - parameters))
+    "The width of the patches, a multiple of 16, with which a network has most nearly so many parameters."
+    with torch.device('meta'): return min(range(64, 577, 16), key=lambda width: abs(count(make(width)) - parameters))
 
 
 def main():
@@ -55,11 +56,12 @@ def main():
     o = parser.parse_args()
     rows, rate = [], matrix_rate(o.precision, o.device)
     for side in o.side:
-        size, batch = count(fit(192, side, 1)), max(1, o.batch*256//side**2)
+        batch = max(1, o.batch*256//side**2)
         makers = {'FIT': lambda w: fit(w, side, 0), 'RIN': lambda w: rin(w, side, False), 'FIT, local layers': lambda w: fit(w, side, 1), 'RIN-pytorch as it comes': lambda w: rin(w, side, True)}
         tasks, found = {}, {}
         for name, make in makers.items():
-            width, ours = matched(make, size), name.startswith('FIT')
+            ours = name.startswith('FIT')
+            width = (256 if name == 'FIT' else 192) if ours else matched(make, found['FIT' if name == 'RIN' else 'FIT, local layers']['parameters'])
             inputs = lambda n: (lambda x, t, told: (x, t, told) if ours else (x[:, :, 0], t))(*example(fit(192, side, 0).config, n, 32, o.device))
             with FakeTensorMode(), torch.no_grad(), Ledger() as book: make(width)(*example(fit(192, side, 0).config, 1, 32)) if ours else make(width)(torch.randn(1, 3, 4*side, 4*side), torch.randn(1))
             network, given = make(width).to(o.device), inputs(batch)

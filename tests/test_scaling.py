@@ -1,6 +1,7 @@
 """What the scaling notebooks cannot hold: passes computed twice, runs that stop and go on, processes that end early."""
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from snapvideo_nb.scaling import Ledger, build, example, kept_bytes, ledger, tot
 from snapvideo_nb.training import recipe, train
 from snapvideo_nb.unet import UNetConfig
 
+NOTEBOOKS = Path(__file__).parents[1]/'nbs'
+RESULTS = NOTEBOOKS.parent/'data'/'results'/'scaling'
 FIT = replace(PRESETS['tiny'].network, blocks=2, dropout=.2)
 UNET = UNetConfig(frames=4, height=8, width=16, base=16, multipliers=(1, 2), res_blocks=1, attention=(8,), head=8, condition_width=32, text_width=32, groups=4, dropout=.2)
 
@@ -104,7 +107,8 @@ def test_a_table_is_drawn_in_a_terminal_and_plain_in_a_pipe(monkeypatch, capsys)
     assert capsys.readouterr().out == 'preset  ms\nmini    20\n'
     monkeypatch.setattr('sys.stdout.isatty', lambda: True)
     print_table(rows)
-    assert {'preset', 'ms', 'mini', '20'} <= set(capsys.readouterr().out.replace('│', ' ').replace('┃', ' ').split())
+    drawn = capsys.readouterr().out
+    assert all(cell in drawn for row in rows for cell in row) and '─' in drawn
 
 
 def test_the_backward_pass_has_the_arithmetic_of_the_forward_pass():
@@ -122,3 +126,56 @@ def test_tf32_is_refused_where_there_is_none():
 def test_a_batch_gets_the_extra_pass_as_nearly_nine_times_in_ten_as_it_can():
     assert [round(speed.Passes(FIT, batch, text_tokens=8).share, 3) for batch in (1, 4, 16)] == [1, 1, .875]
     assert speed.Passes(UNET, 4, text_tokens=8).share == 0
+
+
+class Full:
+    "Passes on a GPU that is full from `most` clips on."
+    optimizer = torch.optim.SGD([torch.zeros(1)])
+
+    def __init__(self, most): self.most, self.tried = most, []
+
+    def resize(self, batch): self.batch = batch
+
+    def train(self):
+        self.tried.append(self.batch)
+        if self.batch > self.most: raise torch.OutOfMemoryError('full')
+
+
+@pytest.mark.parametrize('most, batch', [(0, 0), (1, 1), (6, 4), (64, 16)])
+def test_the_largest_batch_is_found_by_trying(most, batch):
+    assert speed.fitting_batch(Full(most), 'train', limit=16) == batch
+
+
+def test_networks_are_measured_compiled(monkeypatch):
+    passes, compiler = speed.Passes(FIT, 2, 'fp32', text_tokens=8), torch.compile
+    usual = passes.evaluate()
+    monkeypatch.setattr(torch, 'compile', lambda network, **options: compiler(network, backend='eager', **options))
+    passes.compile()
+    torch.testing.assert_close(passes.evaluate(), usual, atol=1e-5, rtol=1e-4)
+    assert passes.forward is not passes.network
+    passes.resize(1)
+    assert passes.forward is passes.network
+
+
+def prose(name):
+    "The words of a notebook."
+    cells = json.loads((NOTEBOOKS/f'{name}.ipynb').read_text())['cells']
+    return '\n'.join(''.join(cell['source']) for cell in cells if cell['cell_type'] == 'markdown')
+
+
+def record(name): return json.loads((RESULTS/f'{name}.json').read_text())
+
+
+def test_quoted_figures_are_those_of_the_records():
+    text, rows = prose('14b_speed'), record('unet-284m-unet-85m-fit-500m-2-threads-of-amd-epyc-bf16')['rows']
+    evaluation, training = (rows['unet-284m'][what]['ms']/rows['fit-500m'][what]['ms'] for what in ('evaluate', 'train'))
+    assert f'the U-Net takes {evaluation:.2f} times as long for one evaluation and {training:.2f} times as long in training' in text
+    for name, label in (('unet-85m', 'U-Net 85M'), ('unet-284m', 'U-Net 284M'), ('fit-500m', 'FIT 500M')):
+        line = next(line for line in text.splitlines() if line.startswith(f'| {label} |'))
+        assert line.endswith(f"| {rows[name]['train']['ms']/1e3:.1f} | {rows[name]['evaluate']['ms']/1e3:.2f} |")
+    mini = record('unet-mini-mini-2-threads-of-amd-epyc-bf16-plain-attention')['rows']['mini']
+    assert f"{mini['train']['share']:.0%}".replace('%', ' %') in text
+    peers = [row['ratio'] for size in ('tiny', '85', '284') for name, row in record(f'peers-unet-{size}')['rows'].items() if row['ratio'] != 1 and not name.startswith(' ')]
+    assert f'Ours is {min(peers):.1f} to {max(peers):.1f} times as fast' in text
+    rin = [row['forward']['ratio'] for row in record('peers-rin')['rows'] if row['network'] == 'RIN']
+    assert f'is {rin[0]:.2f}, {rin[1]:.1f} and {rin[2]:.1f} times as fast' in text
