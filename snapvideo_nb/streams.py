@@ -7,10 +7,10 @@ __all__ = ['SCHEMA', 'DAMAGED', 'clip_file', 'write_shard', 'write_shards', 'mem
            'TableShards', 'load_table', 'open_shards', 'share', 'ShardClips', 'Lane', 'Feed', 'join', 'as_is', 'Stream',
            'open_stream']
 
-# %% ../nbs/01c_streams.ipynb #a817c58d
+# %% ../nbs/01c_streams.ipynb #c52b45ab
 import inspect, io, itertools, json, os, shutil, tarfile, tempfile
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import fsspec.asyn, numpy as np, pyarrow as pa, pyarrow.parquet as pq, torch
@@ -65,7 +65,7 @@ def member_key(name: str) -> tuple[str, str]:
     stem, _, field = file.partition('.')
     return folder + slash + stem, field.lower()
 
-# %% ../nbs/01c_streams.ipynb #6ae8900c
+# %% ../nbs/01c_streams.ipynb #65a572f1
 def tar_rows(path: str | Path, start: int = 0, step: int = 1) -> Iterator[dict]:
     """Rows start, start + step, ... of a webdataset archive: {'__key__': key, field: bytes, ...} with the fields that are videos, images, txt or json, none of them decoded.
 
@@ -74,20 +74,19 @@ def tar_rows(path: str | Path, start: int = 0, step: int = 1) -> Iterator[dict]:
         members = (archive.members.clear() or member for member in iter(archive.next, None) if member.isfile())
         for n, (key, group) in enumerate(itertools.groupby(members, lambda member: member_key(member.name)[0])):
             if n < start or (n - start) % step: continue
-            fields = ((member_key(member.name)[1], member) for member in group)
-            yield dict(__key__=key) | {field: archive.extractfile(member).read() for field, member in fields if '.' + field.rpartition('.')[2] in MEDIA | {'.txt', '.json'}}
+            found = ((member_key(member.name)[1], member) for member in group)
+            yield dict(__key__=key) | {field: archive.extractfile(member).read() for field, member in found if '.' + field.rpartition('.')[2] in MEDIA | {'.txt', '.json'}}
         archive.fileobj.seek(archive.offset)
         if archive.fileobj.read(512) != bytes(512): raise ValueError('the archive stops before its end')
 
-# %% ../nbs/01c_streams.ipynb #812e8c11
+# %% ../nbs/01c_streams.ipynb #b1915df8
 class Shards:
     "What a stream reads: `names` of shards; `rows(k, start, step)` of shard k, dictionaries; and `example(row)`, what a row holds."
     def __init__(self, names: list[str], video: str | None = None, caption: str | None = None): self.names, self.video, self.caption = names, video, caption
 
     def example(self, row: dict) -> tuple:
         "(video as bytes or a path, caption, recorded (height, width) or None) of a row. ValueError or FileNotFoundError when it has no video, or no words that can be read."
-        row = self.more(row.get('json')) | row
-        file = row.get(self.column(row))
+        file, row = row.get(self.column(row)), self.more(row.get('json')) | row
         file, path = (file.get('bytes'), file.get('path')) if isinstance(file, dict) else (None, file) if isinstance(file, str) else (file, None)
         if not (file or path): raise FileNotFoundError('no video in it')
         if not file and '://' in path:
@@ -107,11 +106,11 @@ class Shards:
         if isinstance(caption, (list, tuple)): caption = next(iter(caption), None)
         return '' if caption is None else ' '.join((caption.decode() if isinstance(caption, bytes) else str(caption)).split())
 
-# %% ../nbs/01c_streams.ipynb #a7c46fa9
+# %% ../nbs/01c_streams.ipynb #da430ef3
 class TarShards(Shards):
     "Webdataset archives on a disk."
-    def __init__(self, paths: list, video: str | None = None, caption: str | None = None):
-        super().__init__([Path(path).name for path in paths], video, caption)
+    def __init__(self, paths: list, names: list[str] | None = None, video: str | None = None, caption: str | None = None):
+        super().__init__(names or [Path(path).name for path in paths], video, caption)
         self.paths = paths
 
     def rows(self, k: int, start: int = 0, step: int = 1) -> Iterator[dict]: return tar_rows(self.paths[k], start, step)
@@ -151,7 +150,7 @@ def load_table(*args, **options):
     finally:
         if not quiet: datasets.enable_progress_bars()
 
-# %% ../nbs/01c_streams.ipynb #eddd1b4e
+# %% ../nbs/01c_streams.ipynb #e3adc241
 def open_shards(source, video: str | None = None, caption: str | None = None, split: str = 'train') -> Shards:
     """The shards of a folder of .tar or .parquet files, of one such file, of owner/name on the hub, or of a `datasets.IterableDataset`.
 
@@ -162,11 +161,12 @@ def open_shards(source, video: str | None = None, caption: str | None = None, sp
     if not path.exists() and (name.count('/') != 1 or name[0] in './~'): raise FileNotFoundError(f'{name}: no such folder of shards; there are folders of .parquet or .tar files, and owner/name on the hub')
     files = [path] if path.is_file() else sorted(p for p in path.rglob('*') if p.is_file() and not any(part.startswith('.') for part in p.relative_to(path).parts))
     tars, tables = ([p for p in files if p.suffix == kind] for kind in ('.tar', '.parquet'))
-    if tars and not tables: return TarShards(tars, video, caption)
+    names = [p.name if p == path else str(p.relative_to(path)) for p in tars or tables]
+    if tars and not tables: return TarShards(tars, names, video, caption)
     if path.exists() and not tables: raise ValueError(f'{name}: there is no .parquet or .tar shard in it (videos in a folder need no stream)')
     if tars: raise ValueError(f'{name}: there are both .parquet and .tar shards in it; choose one kind')
     try:
-        if tables: return TableShards(load_table('parquet', data_files=dict(train=list(map(str, tables))), split='train'), [p.name for p in tables], video, caption)
+        if tables: return TableShards(load_table('parquet', data_files=dict(train=list(map(str, tables))), split='train'), names, video, caption)
         return TableShards(load_table(name, split=split), None, video, caption)
     except Exception as error: raise ValueError(f'{name}: cannot be streamed: {(str(error.__cause__ or error).strip().splitlines() or [type(error).__name__])[0]}') from None
 
@@ -266,13 +266,12 @@ class Feed(IterableDataset):
                 yield collate(clips), dict(bad=sum(bad, []), position={str(p): state for p, state in zip(rows, states)})
         except ValueError as error: yield error
 
-# %% ../nbs/01c_streams.ipynb #a962dc05
+# %% ../nbs/01c_streams.ipynb #7d9c56a3
 def join(items: list[tuple]) -> tuple:
     "(Batch, note) of several workers' parts, in order."
     batches, notes = zip(*items)
-    stack = {k: torch.cat([getattr(b, k) for b in batches]) for k in ('video', 'fps', 'size')}
-    words = {k: sum((getattr(b, k) for b in batches), []) for k in ('captions', 'truths')}
-    return Batch(**stack, **words), dict(bad=sum((n['bad'] for n in notes), []), position={p: state for n in notes for p, state in n['position'].items()})
+    columns = {field.name: [getattr(batch, field.name) for batch in batches] for field in fields(Batch)}
+    return Batch(**{name: torch.cat(parts) if torch.is_tensor(parts[0]) else sum(parts, []) for name, parts in columns.items()}), dict(bad=sum((n['bad'] for n in notes), []), position={p: state for n in notes for p, state in n['position'].items()})
 
 def as_is(item):
     "An item of a `Feed` needs nothing done to it."

@@ -291,3 +291,10 @@ def test_a_tar_is_read_from_any_row_in_any_step(tmp_path):
     path = tar(tmp_path/'a.tar', {f'{j}': dict(txt=str(j).encode(), pkl=b'x') for j in range(10)})
     assert [int(row['txt']) for row in tar_rows(path, 3, 4)] == [3, 7] and 'pkl' not in next(tar_rows(path))
     assert TarShards([path]).names == ['a.tar']
+
+
+def test_a_json_field_names_no_file_to_open(tmp_path, film):
+    (tmp_path/'good.mp4').write_bytes(film[0])
+    for value in (str(tmp_path/'good.mp4'), f'file://{tmp_path}/good.mp4'):
+        tar(tmp_path/'a.tar', {'00': dict(txt=b'0', json=json.dumps({'mp4': value, 'video': value}).encode())})
+        with pytest.raises(ValueError, match='no video in it'): next(Stream(tmp_path, *SHAPE).portions(range(1), range(1), 1))
