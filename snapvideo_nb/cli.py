@@ -191,7 +191,7 @@ def preset_facts(name: str) -> dict:
     n = sum(p.numel() for p in model.parameters())
     return dict(clip=clip[2:], sigma_in=model.framework.sigma_in, parameters=n, flop=counter.get_total_flops(), state=20*n)
 
-# %% ../nbs/18_cli.ipynb #22c06e9c
+# %% ../nbs/18_cli.ipynb #65c85f7c
 @dataclass
 class Presets:
     """List the models that can be trained, with their sizes; or one of them in full, as JSON.
@@ -201,10 +201,22 @@ class Presets:
     training GB: weights, gradient, optimizer and average in fp32; activations come on top."""
     name: Annotated[Positional[str], arg(metavar='NAME')] = ''
     "A preset to print in full."
+    gpus: int = 0
+    "Print what training takes on so many A100 of 80 GB instead: memory, seconds per step, GPU-hours, with the assumptions."
+
+    def plan(self):
+        "What training takes, of one preset or of all."
+        from snapvideo_nb.model import PRESETS
+        from snapvideo_nb.plan import Cluster, plan_table
+        if self.name and self.name not in PRESETS: raise ValueError(f'unknown preset {self.name!r}; there are: {", ".join(PRESETS)}')
+        print_table(plan_table([self.name] if self.name else list(PRESETS), self.gpus))
+        print(Cluster().assumptions())
 
     def run(self):
         "Print."
         from snapvideo_nb.model import PRESETS, SnapVideo
+        at_least(0, gpus=self.gpus)
+        if self.gpus: return self.plan()
         if self.name: return print(json.dumps(SnapVideo.from_preset(self.name, 'meta').config.to_dict(), indent=1))
         line = '{:14}{:>12}{:>10}{:>12}{:>10}{:>13}  {}'.format
         print(line('preset', 'clip', 'sigma_in', 'parameters', 'GFLOP', 'training GB', 'text encoder'))
@@ -225,10 +237,12 @@ def option(words: list, name: str, default: str) -> str:
     given = [after for word, after in zip(words, words[1:]) if word.replace('_', '-') == f'--{name}']
     return (given or [default])[-1]
 
-# %% ../nbs/18_cli.ipynb #dc31b4d7
+# %% ../nbs/18_cli.ipynb #90bd1a4e
 def train_command(words: list):
     """What `snapvideo train` fills, and what it does then. The defaults are the recipe of --preset or, with --init-from alone, the one that the model was made
     with, in a run folder of its own. The recipe's options of the data hold unless --data names other data; --data-options come on top."""
+    from snapvideo_nb.distributed import assemble
+    from snapvideo_nb.runs import Stopped
     from snapvideo_nb.training import recipe, train, tuning_recipe
     preset, model = option(words, 'preset', ''), option(words, 'init-from', '')
     base = recipe(preset or 'mini')
@@ -239,7 +253,12 @@ def train_command(words: list):
         choose_device(config.device)
         given = {key: literal(value) for key, value in config.data_options.items()}
         if model: print(f'snapvideo: {model} is trained further in {config.run}, by the recipe of {preset or "its own training"}', file=sys.stderr)
-        print(train(replace(config, data_options=(base.data_options if config.data == base.data else {}) | given)))
+        with contextlib.closing(assemble(config.device, config.shards)) as team:
+            try: folder = train(replace(config, data_options=(base.data_options if config.data == base.data else {}) | given), team=team)
+            except (Stopped, ChildProcessError) as error:
+                if team.leader or isinstance(error, OSError): print(f'snapvideo: {one_line(error)}', file=sys.stderr)
+                raise SystemExit(75) from None
+            if team.leader: print(folder)
     return replace(base, data_options={}), run
 
 # %% ../nbs/18_cli.ipynb #630338c5
@@ -254,7 +273,7 @@ def print_table(rows: list[list[str]]):
     for row in rows[1:]: drawn.add_row(*row)
     Console().print(drawn)
 
-# %% ../nbs/18_cli.ipynb #d13930e3
+# %% ../nbs/18_cli.ipynb #49bbb574
 @dataclass
 class Scale:
     """Time and weigh the networks of presets: one evaluation and one training step, per clip, with the memory of training.
@@ -292,7 +311,7 @@ class Scale:
 
     def file(self, device) -> Path:
         "The JSON that will be written, named after what is measured and where."
-        from snapvideo_nb.training import provenance
+        from snapvideo_nb.runs import provenance
         ways = [f'batch {self.batch}']*bool(self.batch) + [way for way in ('compile', 'recompute', 'plain_attention') if getattr(self, way)]
         return self.out/f"{slug(' '.join([*dict.fromkeys(self.presets), provenance('', device)['hardware'], self.precision, *ways]), 200)}.json"
 
@@ -321,7 +340,7 @@ class Scale:
     def measure(self, device):
         "Time and weigh."
         from snapvideo_nb.speed import measure, table
-        from snapvideo_nb.training import write_text
+        from snapvideo_nb.runs import write_text
         free(path := self.file(device), force=self.force)
         record = measure(list(self.presets), str(device), self.precision, self.batch, self.rounds, self.warmup, self.compile, self.recompute, not self.plain_attention,
                          lambda text: print(f'snapvideo: measuring {text}', file=sys.stderr))
@@ -491,10 +510,10 @@ def do(words: list):
         run(parse(config, options, name))
     sys.stdout.flush()
 
-# %% ../nbs/18_cli.ipynb #a98ec1df
+# %% ../nbs/18_cli.ipynb #a0dbf3c7
 def main(arguments: list | None = None) -> int:
     """The command `snapvideo`, as its exit code: 0 when all went well, 2 after one line on stderr for a mistake,
-    130 when interrupted, 141 when nobody reads what it prints."""
+    75 when training was asked to stop, has saved its state and can go on by the same command, 130 when interrupted, 141 when nobody reads what it prints."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     try: do([word for word in words if word != '--debug'])
     except SystemExit as stop: return stop.code or 0
@@ -506,3 +525,7 @@ def main(arguments: list | None = None) -> int:
     else: return 0
     print(f'snapvideo: {reason}', file=sys.stderr)
     return code
+
+# %% ../nbs/18_cli.ipynb #0e6cf1f0
+#| eval: false
+if __name__ == '__main__': sys.exit(main())

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STUDY', 'LEVELS', 'MARKS', 'STEPS', 'RATES', 'study_config', 'Probe', 'learn', 'final', 'best_rate', 'learning_study']
 
-# %% ../nbs/14c_learning.ipynb #d1b34aa9
+# %% ../nbs/14c_learning.ipynb #0dfba2b5
 import json, math
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -14,7 +14,8 @@ from .data import open_data
 from .diffusion import diffusion_loss
 from .model import PRESETS, SnapVideo
 from .scaling import training_work
-from .training import TrainConfig, autocast, provenance, train, write_text
+from .runs import provenance, write_text
+from .training import TrainConfig, autocast, train
 from .video import collate
 
 # %% ../nbs/14c_learning.ipynb #e5593560

@@ -7,7 +7,7 @@ __all__ = ['PARTS', 'CHILD', 'synchronize', 'take_turns', 'quartiles', 'arithmet
            'measured_machine', 'Stopwatch', 'part', 'Passes', 'anatomy', 'fitting_batch', 'usual_batch', 'resident',
            'raised_peak', 'peak_bytes', 'timed', 'weighed', 'measured_group', 'measure', 'table']
 
-# %% ../nbs/14b_speed.ipynb #793f5d2b
+# %% ../nbs/14b_speed.ipynb #96a3aa2d
 import gc, json, os, statistics, subprocess, sys, time
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
@@ -17,7 +17,7 @@ from .blocks import plain_attention
 from .fit import FITConfig
 from .model import PRESETS, ModelConfig
 from .scaling import Ledger, Machine, Op, build, example, largest_batch, ledger, memory, parameter_count, total, training_work
-from .training import provenance, write_text
+from .runs import provenance, write_text
 
 # %% ../nbs/14b_speed.ipynb #4f9cbf70
 def synchronize(device):

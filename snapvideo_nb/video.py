@@ -6,10 +6,10 @@
 __all__ = ['Clip', 'probe', 'read_video', 'show', 'to_tensor', 'to_frames', 'image_clip', 'area_weights', 'resize', 'whole_file',
            'write_video', 'contact_sheet', 'save_image', 'Batch', 'collate']
 
-# %% ../nbs/00_video.ipynb #d7c3d377
+# %% ../nbs/00_video.ipynb #3aae9364
 import base64, html, io, os, textwrap
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from fractions import Fraction
 from pathlib import Path
 import av, imageio_ffmpeg, mediapy, numpy as np, torch
@@ -40,7 +40,7 @@ class Clip:
     def __repr__(self):
         return f'Clip({"x".join(map(str, self.frames.shape[:3]))}, {self.caption!r}, fps={self.fps:g}, size={self.size})'
 
-# %% ../nbs/00_video.ipynb #05df7ec5
+# %% ../nbs/00_video.ipynb #e6449ea7
 @contextmanager
 def opened(file, name=''):
     "PyAV's container and first video stream of a path or of bytes, and whether it is a still; what is wrong with the file comes out as one line that names it."
@@ -185,7 +185,7 @@ def save_image(path: str | Path, image: UInt8[np.ndarray, 'h w 3'], force: bool 
     with whole_file(path, force) as new: Image.fromarray(image).save(new, format='png')
     return Path(path)
 
-# %% ../nbs/00_video.ipynb #63ce1855
+# %% ../nbs/00_video.ipynb #69e075fa
 @dataclass
 class Batch:
     "Clips of one shape, ready for a network: pixels, words, frames per second, original (height, width), truths."
@@ -196,6 +196,10 @@ class Batch:
     truths: list
 
     def __len__(self): return len(self.captions)
+
+    def __getitem__(self, rows: slice) -> 'Batch':
+        "Some of the clips."
+        return Batch(*(getattr(self, f.name)[rows] for f in fields(self)))
 
     def to(self, *args, **kwargs):
         "The same batch with its tensors on another device."

@@ -22,7 +22,7 @@ from snapvideo_nb.blocks import plain_attention
 from snapvideo_nb.fit import FIT, FITConfig
 from snapvideo_nb.scaling import Ledger, example, total
 from snapvideo_nb.speed import arithmetic, matrix_rate, quartiles, take_turns
-from snapvideo_nb.training import provenance
+from snapvideo_nb.runs import provenance
 
 count = lambda network: sum(p.numel() for name, p in network.named_parameters() if name != 'position')
 

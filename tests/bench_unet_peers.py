@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from snapvideo_nb.blocks import Conditions
 from snapvideo_nb.speed import arithmetic, matrix_rate, quartiles, take_turns
-from snapvideo_nb.training import provenance
+from snapvideo_nb.runs import provenance
 from snapvideo_nb.unet import UNet, UNetConfig
 
 SIZES = {'tiny': UNetConfig(frames=4, height=16, width=32, base=32, multipliers=(1, 2, 2, 3), attention=(16, 8, 4), head=32, condition_width=64, text_width=768, groups=8, dropout=0.),
