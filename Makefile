@@ -11,11 +11,12 @@ export CAPTION
 PIP     := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lab readme sync
+.PHONY: help demo test soak lab readme sync
 
 help:
 	@echo 'make demo     write a video and a contact sheet from the shipped model, and print where'
 	@echo 'make test     check the repository, run every notebook, run the tests (15 minutes on two cores)'
+	@echo 'make soak     kill a training fifty times and compare what is left (ten minutes)'
 	@echo 'make lab      open the notebooks in JupyterLab'
 	@echo 'make readme   make README.md from index.ipynb'
 	@echo 'make sync     after editing: export the notebooks to snapvideo_nb/, clean them, make README.md'
@@ -49,6 +50,9 @@ test: .venv/development
 	$(BIN)/python -m pytest tests/test_repository.py
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --path . --n_workers $(WORKERS) --timing
 	$(BIN)/python -m pytest --ignore tests/test_repository.py --durations 10
+
+soak: .venv/development
+	KILLS=50 $(BIN)/python -m pytest tests/test_runs.py -k killed_at_any_moment --durations 3
 
 lab: .venv/development
 	$(BIN)/jupyter lab index.ipynb $(if $(filter 0,$(shell id -u)),--allow-root)

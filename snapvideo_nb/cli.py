@@ -510,11 +510,12 @@ def do(words: list):
         run(parse(config, options, name))
     sys.stdout.flush()
 
-# %% ../nbs/18_cli.ipynb #a0dbf3c7
+# %% ../nbs/18_cli.ipynb #f45fac15
 def main(arguments: list | None = None) -> int:
     """The command `snapvideo`, as its exit code: 0 when all went well, 2 after one line on stderr for a mistake,
     75 when training was asked to stop, has saved its state and can go on by the same command, 130 when interrupted, 141 when nobody reads what it prints."""
     words = list(sys.argv[1:] if arguments is None else arguments)
+    if words[:1] == ['--']: words = words[1:]  # a launcher's end of options
     try: do([word for word in words if word != '--debug'])
     except SystemExit as stop: return stop.code or 0
     except KeyboardInterrupt: reason, code = 'interrupted', 130

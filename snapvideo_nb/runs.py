@@ -129,7 +129,7 @@ def unseal(folder: Path) -> dict:
         if digest(folder/name) != was: raise ValueError(f'{folder/name} is damaged')
     return told['state']
 
-# %% ../nbs/08b_runs.ipynb #238c8e2f
+# %% ../nbs/08b_runs.ipynb #2ae707af
 class Checkpoints:
     """The checkpoints of a run, each a folder that is whole or absent; the last `keep` stay. `group`: the process group (gloo) that many processes save with, None for one.
 
@@ -175,10 +175,13 @@ class Checkpoints:
 
     def newest(self) -> tuple[Path, dict] | None:
         "The newest checkpoint that is sound, with its state, after a warning about any that is not; None when there is no checkpoint at all. ValueError when none is sound."
+        wrong = []
         for folder in reversed(self.all):
-            try: return folder, unseal(folder)
-            except ValueError as error: warnings.warn(f'{error}; the checkpoint before it is used', stacklevel=2)
-        if self.all: raise ValueError(f'{self.folder}: no checkpoint is sound; choose another run folder, or delete this one to begin again')
+            try: state = unseal(folder)
+            except ValueError as error: wrong.append(str(error)); continue
+            for line in wrong: warnings.warn(f'{line}; the checkpoint before it is used', stacklevel=2)
+            return folder, state
+        if wrong: raise ValueError(f'{wrong[0]}, and no checkpoint before it is sound; choose another run folder, or delete this one to begin again')
 
     def load(self, folder: Path, tensors: dict[str, Tensor]):
         "Read a checkpoint into `tensors`, which may be spread over another number of processes than those that wrote it. ValueError when names or shapes differ."

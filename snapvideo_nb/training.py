@@ -6,11 +6,11 @@
 __all__ = ['PAPER', 'RECIPES', 'TIME', 'SIGNAL', 'Subject', 'Schedule', 'Task', 'Average', 'Housekeeping', 'TrainConfig',
            'recipe', 'learning_rate', 'local', 'Lamb', 'make_optimizer', 'moments', 'ema_decay', 'step_seed', 'chances',
            'TrainingClips', 'quiet', 'previous_latents', 'autocast', 'products', 'training_loss', 'base_config',
-           'first_captions', 'start_model', 'loss_by_noise', 'Progress', 'read_config', 'Run', 'save_samples', 'Alone',
-           'Trainer', 'gradient', 'take_step', 'keep_refused', 'Books', 'loop', 'try_samples', 'loader_watched',
-           'train', 'conclude', 'averaged_model', 'tuning_recipe']
+           'open_clips', 'first_captions', 'start_model', 'loss_by_noise', 'Progress', 'read_config', 'Run',
+           'save_samples', 'Alone', 'Trainer', 'gradient', 'take_step', 'keep_refused', 'Books', 'loop', 'try_samples',
+           'loader_watched', 'train', 'conclude', 'averaged_model', 'tuning_recipe']
 
-# %% ../nbs/09_training.ipynb #8014fcb4
+# %% ../nbs/09_training.ipynb #52a6c840
 import copy, json, math, signal, statistics, time, warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -28,6 +28,7 @@ from .diffusion import NoiseDistribution, diffusion_loss
 from .model import PRESETS, ModelConfig, SnapVideo, weights_folder
 from .runs import Checkpoints, Lines, Log, StopRequest, Stopped, only_writer, write_text
 from .sampling import sample
+from .streams import open_stream
 from .text import train_tokenizer
 from .video import Batch, Clip, collate, contact_sheet, save_image, to_frames
 
@@ -271,7 +272,13 @@ def base_config(config: TrainConfig) -> ModelConfig:
     if config.init_from: return ModelConfig.from_dict(json.loads((weights_folder(config.init_from)/'config.json').read_text('utf-8')))
     return PRESETS[recipe(config.preset).preset]
 
-# %% ../nbs/09_training.ipynb #1dd6da8e
+# %% ../nbs/09_training.ipynb #08fff2e9
+def open_clips(config: TrainConfig):
+    "The data set that a configuration names, in the shape that its model wants; with the data option `streaming` a stream of shards. Errors as in `open_data` and `open_stream`."
+    sizes, options = base_config(config).network, dict(config.data_options)
+    opened = open_stream if options.pop('streaming', False) else open_data
+    return opened(config.data, sizes.frames, sizes.height, sizes.width, **options)
+
 def first_captions(clips, count: int = 4000) -> list[str]:
     "Captions of a data set: all of a finite one, the first `count` of an endless one or of a stream."
     found = getattr(clips, 'captions', None) or (lambda n: [clips.program(j)['caption'] for j in range(n)])
@@ -441,7 +448,7 @@ def gradient(trainer: Trainer, batch: Batch, word: float = 0.) -> tuple[Tensor, 
     norm = torch.nn.utils.clip_grad_norm_(trainer.model.parameters(), config.clip_norm)
     return team.gather(torch.cat(found, 1)), float(norm.full_tensor() if hasattr(norm, 'full_tensor') else norm)
 
-# %% ../nbs/09_training.ipynb #f2a4c072
+# %% ../nbs/09_training.ipynb #75187b8d
 def take_step(trainer: Trainer, batch: Batch, word: float = 0.) -> tuple[float, float, str]:
     "One step of the optimizer and of the average, unless there is an objection: the gradient's norm, the largest `word` of any process, the objection."
     config, progress = trainer.config, trainer.progress
@@ -459,7 +466,7 @@ def keep_refused(run: Run, trainer: Trainer, batch: Batch, objection: str):
     folder, name = run.folder/'refused', f'step-{trainer.progress.step:08d}-rank-{trainer.team.rank}.safetensors'
     folder.mkdir(exist_ok=True)
     told = dict(captions=batch.captions, rows=list(trainer.team.rows(trainer.config.batch)), objection=objection)
-    save_file(dict(video=batch.video, fps=batch.fps, size=batch.size), folder/name, metadata={'told': json.dumps(told)})
+    save_file(dict(video=batch.video.contiguous(), fps=batch.fps, size=batch.size), folder/name, metadata={'told': json.dumps(told)})
     for old in sorted(folder.glob(f'*-rank-{trainer.team.rank}.safetensors'))[:-trainer.config.patience]: old.unlink()
 
 # %% ../nbs/09_training.ipynb #75b5ad2d
@@ -484,7 +491,7 @@ class Books:
                              by_noise=loss_by_noise(losses, sigmas), grad_norm=round(norm, 4), lr=learning_rate(config, progress.step - 1), refused=progress.refused)
         progress.losses, progress.sigmas = [], []
 
-# %% ../nbs/09_training.ipynb #da697c9a
+# %% ../nbs/09_training.ipynb #50e67013
 TIME, SIGNAL = 1., 2.  # What a process may say with a step: my time is over; I was asked to stop.
 
 def loop(trainer: Trainer, run: Run, portions, prompts: list[str], watch: Callable | None, stop: StopRequest) -> float:
@@ -502,7 +509,7 @@ def loop(trainer: Trainer, run: Run, portions, prompts: list[str], watch: Callab
             keep_refused(run, trainer, batch, objection)
         if watch: watch(progress.step, trainer.average)
         last = word > 0 or progress.step == config.steps or progress.in_a_row >= config.patience
-        if last or due(config.log_every) or due(config.checkpoint_every): books.write(norm, line=last or due(config.log_every))
+        if last or due(config.log_every) or due(config.checkpoint_every): books.write(norm, line=due(config.log_every) or progress.step == config.steps)
         if last or due(config.checkpoint_every): trainer.save(run, position)
         if config.sample_every and (last or due(config.sample_every)): try_samples(run, trainer, prompts)
         if last: break
@@ -524,15 +531,15 @@ def loader_watched():
         if 'DataLoader worker' not in str(error): raise
         raise ChildProcessError('a process that makes clips was killed (was memory short?); the same command continues from the last checkpoint') from None
 
-# %% ../nbs/09_training.ipynb #a3967b75
+# %% ../nbs/09_training.ipynb #9a098d67
 def train(config: TrainConfig, clips=None, prompts: list[str] | None = None, watch: Callable | None = None, team: Alone | None = None) -> Path:
     """Train, or continue, a run; returns its folder, where model/ holds the averaged model (bf16) once all steps are done.
 
     `clips` may replace the data set that `config.data` names; `prompts` are what the sample sheets show (else the first captions of the data); `watch(step, averaged model)` is
     called after every step; `team` is the processes that train together (one, unless given). ValueError for a configuration that does not fit the run's folder or the team,
     FloatingPointError after too many refused steps, ChildProcessError when a loader's process dies, OSError when the last checkpoint cannot be written, Stopped when asked to stop."""
-    team, sizes = team or Alone(config.device), base_config(config).network
-    if clips is None: clips = open_data(config.data, sizes.frames, sizes.height, sizes.width, **config.data_options)
+    team = team or Alone(config.device)
+    if clips is None: clips = open_clips(config)
     source = clips if hasattr(clips, 'portions') else TrainingClips(clips, config.seed)
     run, trainer = Run(config, team.group), Trainer(config, clips, team)
     with ExitStack() as stack:
@@ -540,7 +547,7 @@ def train(config: TrainConfig, clips=None, prompts: list[str] | None = None, wat
         trainer.restore(run)
         if team.leader: run.cut(trainer.progress.step)
         for context in (products(config.precision), plain_attention(not config.fused_attention), loader_watched(), stop := StopRequest()): stack.enter_context(context)
-        portions = source.portions(team.rows(config.batch), range(trainer.progress.step, config.steps), config.batch, config.workers, trainer.progress.position)
+        portions = source.portions(team.rows(config.batch), range(trainer.progress.step, config.steps), config.batch, config.workers, trainer.progress.position or None)
         word = loop(trainer, run, portions, prompts or first_captions(clips, 8)[:8], watch, stop)
         run.checkpoints.wait()
         conclude(run, trainer, word)
