@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['reader', 'shard', 'Team', 'assemble']
 
-# %% ../nbs/10_distributed.ipynb #beae1758
-import os
+# %% ../nbs/10_distributed.ipynb #64eb8d05
+import os, warnings
 from datetime import timedelta
 import torch
 import torch.distributed as dist
@@ -15,6 +15,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from .model import SnapVideo
 from .training import Alone
+
+# %% ../nbs/10_distributed.ipynb #8e0a283e
+warnings.filterwarnings('ignore', message='FSDP2-wrapped module')  # a block may return a view, as nothing is added to it in place
 
 # %% ../nbs/10_distributed.ipynb #503f215f
 def reader(block) -> torch.nn.Module | None:

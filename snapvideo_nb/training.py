@@ -335,7 +335,7 @@ def read_config(folder: str | Path) -> TrainConfig:
     try: return TrainConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(path.read_text('utf-8')).items()} | dict(run=str(folder)))
     except (TypeError, ValueError, AttributeError) as error: raise ValueError(f'{path}: not the configuration of a run ({error})') from None
 
-# %% ../nbs/09_training.ipynb #90ea6282
+# %% ../nbs/09_training.ipynb #09bcd254
 class Run:
     "A training run's folder. ValueError when it holds a run with another configuration; `free` names what may change between calls."
     free = {'run', 'steps', 'max_seconds', 'log_every', 'sample_every', 'checkpoint_every', 'keep', 'patience', 'workers', 'accumulate', 'shards', 'device', 'compile', 'fused_attention', 'recompute'}
@@ -354,11 +354,11 @@ class Run:
         (self.folder/'samples').mkdir(parents=True, exist_ok=True)
         with only_writer(self.folder):
             self.checkpoints.tidy()
-            write_text(self.folder/'config.json', json.dumps(asdict(self.config), indent=1))
             yield
 
-    def cut(self, step: int):
-        "Drop what was written after `step`, which is about to be done again."
+    def begin(self, step: int):
+        "Keep the configuration, and drop what was written after `step`, which is about to be done again: once nothing can be refused any more."
+        write_text(self.folder/'config.json', json.dumps(asdict(self.config), indent=1))
         for lines in (self.log, self.skipped): lines.cut(step)
 
 # %% ../nbs/09_training.ipynb #54f96e9e
@@ -522,16 +522,19 @@ def try_samples(run: Run, trainer: Trainer, prompts: list[str]):
     try: save_samples(run, model, prompts, trainer.progress.step)
     except Exception as error: warnings.warn(f'no samples after step {trainer.progress.step}: {error}', stacklevel=2)
 
-# %% ../nbs/09_training.ipynb #0eed0b43
+# %% ../nbs/09_training.ipynb #673b3986
 @contextmanager
 def loader_watched():
-    "ChildProcessError, with what to do, when one of a loader's processes is killed while this lasts."
+    "ChildProcessError, with what to do, when one of a loader's processes is killed while this lasts; what one of them raises itself comes without its traceback."
     try: yield
+    except (ValueError, OSError) as error:
+        if not str(error).startswith('Caught '): raise
+        raise ValueError(str(error).strip().splitlines()[-1].split(': ', 1)[-1]) from None
     except RuntimeError as error:
         if 'DataLoader worker' not in str(error): raise
         raise ChildProcessError('a process that makes clips was killed (was memory short?); the same command continues from the last checkpoint') from None
 
-# %% ../nbs/09_training.ipynb #9a098d67
+# %% ../nbs/09_training.ipynb #3ce31ba3
 def train(config: TrainConfig, clips=None, prompts: list[str] | None = None, watch: Callable | None = None, team: Alone | None = None) -> Path:
     """Train, or continue, a run; returns its folder, where model/ holds the averaged model (bf16) once all steps are done.
 
@@ -545,7 +548,7 @@ def train(config: TrainConfig, clips=None, prompts: list[str] | None = None, wat
     with ExitStack() as stack:
         if team.leader: stack.enter_context(run.hold())
         trainer.restore(run)
-        if team.leader: run.cut(trainer.progress.step)
+        if team.leader: run.begin(trainer.progress.step)
         for context in (products(config.precision), plain_attention(not config.fused_attention), loader_watched(), stop := StopRequest()): stack.enter_context(context)
         portions = source.portions(team.rows(config.batch), range(trainer.progress.step, config.steps), config.batch, config.workers, trainer.progress.position or None)
         word = loop(trainer, run, portions, prompts or first_captions(clips, 8)[:8], watch, stop)
