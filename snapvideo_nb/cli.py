@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['COMMANDS', 'one_line', 'parse', 'slug', 'planned', 'write', 'at_least', 'free', 'choose_device', 'warn_unknown',
            'Wish', 'Output', 'Sample', 'preset_facts', 'Presets', 'literal', 'option', 'train_command', 'print_table',
-           'Scale', 'ClipOptions', 'DataShow', 'DataMeasure', 'empty', 'DataEmoji', 'DataFilm', 'overview', 'choose',
-           'do', 'main']
+           'ScaleOptions', 'Scale', 'ClipOptions', 'DataShow', 'DataMeasure', 'empty', 'DataEmoji', 'DataFilm',
+           'overview', 'choose', 'do', 'main']
 
 # %% ../nbs/18_cli.ipynb #a7329757
 import ast, contextlib, difflib, io, json, os, re, sys, traceback, warnings
@@ -273,15 +273,10 @@ def print_table(rows: list[list[str]]):
     for row in rows[1:]: drawn.add_row(*row)
     Console().print(drawn)
 
-# %% ../nbs/18_cli.ipynb #49bbb574
+# %% ../nbs/18_cli.ipynb #b568b768
 @dataclass
-class Scale:
-    """Time and weigh the networks of presets: one evaluation and one training step, per clip, with the memory of training.
-
-    Milliseconds are medians, with quartiles; "of rate" is the share of the speed that this machine reaches in one large
-    matrix product; ratios are to the last preset. The table is printed, and written with its conditions as JSON. With
-    --study learning, train pairs of networks of equal work instead (an hour and a half on two cores; the same command
-    goes on where it was stopped)."""
+class ScaleOptions:
+    "What is measured, how, and where it is written."
     presets: tuple[str, ...] = ('unet-mini', 'mini')
     "What to measure (see `snapvideo presets`)."
     study: Annotated[str, arg(metavar='learning')] = ''
@@ -309,12 +304,6 @@ class Scale:
     force: bool = False
     "Overwrite a file of the same name."
 
-    def file(self, device) -> Path:
-        "The JSON that will be written, named after what is measured and where."
-        from snapvideo_nb.runs import provenance
-        ways = [f'batch {self.batch}']*bool(self.batch) + [way for way in ('compile', 'recompute', 'plain_attention') if getattr(self, way)]
-        return self.out/f"{slug(' '.join([*dict.fromkeys(self.presets), provenance('', device)['hardware'], self.precision, *ways]), 200)}.json"
-
     def check(self):
         "ValueError for numbers and words that cannot work."
         at_least(1, rounds=self.rounds)
@@ -322,6 +311,22 @@ class Scale:
         if not self.presets: raise ValueError('no preset: say what to measure, as in --presets unet-mini mini')
         if self.study not in ('', 'learning'): raise ValueError(f"--study must be learning, not {self.study!r}")
         if not 0 < self.longer < float('inf'): raise ValueError(f'--longer must be positive, not {self.longer}')
+
+# %% ../nbs/18_cli.ipynb #9cc59434
+@dataclass
+class Scale(ScaleOptions):
+    """Time and weigh the networks of presets: one evaluation and one training step, per clip, with the memory of training.
+
+    Milliseconds are medians, with quartiles; "of rate" is the share of the speed that this machine reaches in one large
+    matrix product; ratios are to the last preset. The table is printed, and written with its conditions as JSON. With
+    --study learning, train pairs of networks of equal work instead (an hour and a half on two cores; the same command
+    goes on where it was stopped)."""
+
+    def file(self, device) -> Path:
+        "The JSON that will be written, named after what is measured and where."
+        from snapvideo_nb.runs import provenance
+        ways = [f'batch {self.batch}']*bool(self.batch) + [way for way in ('compile', 'recompute', 'plain_attention') if getattr(self, way)]
+        return self.out/f"{slug(' '.join([*dict.fromkeys(self.presets), provenance('', device)['hardware'], self.precision, *ways]), 200)}.json"
 
     def run(self):
         "Measure, print and write; or run the study."

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['write_text', 'git_commit', 'provenance', 'cpu_name', 'Lines', 'Log', 'read_log', 'digest', 'Shards', 'seal', 'unseal',
-           'Checkpoints', 'reason', 'only_writer', 'Stopped', 'StopRequest']
+           'Finished', 'Checkpoints', 'reason', 'load_tensors', 'only_writer', 'Stopped', 'StopRequest']
 
 # %% ../nbs/08b_runs.ipynb #14a0f6ac
 import hashlib, json, os, platform, shutil, signal, socket, subprocess, threading, time, warnings
@@ -129,44 +129,15 @@ def unseal(folder: Path) -> dict:
         if digest(folder/name) != was: raise ValueError(f'{folder/name} is damaged')
     return told['state']
 
-# %% ../nbs/08b_runs.ipynb #2ae707af
-class Checkpoints:
-    """The checkpoints of a run, each a folder that is whole or absent; the last `keep` stay. `group`: the process group (gloo) that many processes save with, None for one.
-
-    `save(step, tensors, state)` returns as soon as the tensors are copied; `wait()` waits until they are written."""
-    def __init__(self, folder: str | Path, keep: int = 2, group=None):
-        self.folder, self.keep, self.group, self.pending = Path(folder), keep, group, None
+# %% ../nbs/08b_runs.ipynb #fb37c988
+class Finished:
+    "The finished checkpoints of a run: folders step-NNNNNNNN that are whole or absent."
+    def __init__(self, folder: str | Path): self.folder = Path(folder)
 
     @property
     def all(self) -> list[Path]:
-        "Finished checkpoints, oldest first."
+        "Oldest first."
         return sorted(p for p in self.folder.glob('step-*') if not p.suffix)
-
-    def finish(self, new: Path, state: dict, texts: dict[str, str]):
-        "What one process does when all have written their shards: seal, rename, move `latest`, remove the oldest."
-        for name, text in texts.items(): (new/name).write_text(text, 'utf-8')
-        seal(new, state)
-        if (folder := new.with_suffix('')).exists(): shutil.rmtree(folder)
-        os.replace(new, folder)
-        write_text(self.folder/'latest', folder.name)
-        for old in self.all[:-self.keep]: shutil.rmtree(old, ignore_errors=True)
-
-    def save(self, step: int, tensors: dict[str, Tensor], state: dict, texts: dict[str, str] | None = None):
-        "Begin a checkpoint after `step` steps: what every process holds of `tensors`, with `state` (JSON) and other files of text."
-        try: self.wait()
-        except OSError as error: warnings.warn(f'{error}; training goes on', stacklevel=2)
-        new = self.folder/f'step-{step:08d}.tmp'
-        writer = Shards(new, lambda: self.finish(new, state, texts or {}))
-        self.pending = step, dcp.async_save(tensors, storage_writer=writer, process_group=self.group, no_dist=self.group is None)
-
-    def wait(self):
-        "Until the last save is complete. OSError when it failed; the checkpoints before it are untouched."
-        if not self.pending: return
-        (step, saving), self.pending = self.pending, None
-        try: saving.result()
-        except (CheckpointException, Exception) as error:
-            shutil.rmtree(self.folder/f'step-{step:08d}.tmp', ignore_errors=True)
-            raise OSError(f'{self.folder}: the checkpoint after step {step} could not be written ({reason(error)}); the last one is {self.all[-1].name if self.all else "none"}') from None
 
     def tidy(self):
         "Make the folder, and remove what interrupted saves have left."
@@ -183,15 +154,50 @@ class Checkpoints:
             return folder, state
         if wrong: raise ValueError(f'{wrong[0]}, and no checkpoint before it is sound; choose another run folder, or delete this one to begin again')
 
-    def load(self, folder: Path, tensors: dict[str, Tensor]):
-        "Read a checkpoint into `tensors`, which may be spread over another number of processes than those that wrote it. ValueError when names or shapes differ."
-        try: dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), process_group=self.group, no_dist=self.group is None)
-        except (CheckpointException, Exception) as error: raise ValueError(f'{folder}: does not fit this model ({reason(error)})') from None
+# %% ../nbs/08b_runs.ipynb #5e66d821
+class Checkpoints(Finished):
+    """The checkpoints of a run, of which the last `keep` stay. `group`: the process group (gloo) that many processes save with, None for one.
+
+    `save(step, tensors, state)` returns as soon as the tensors are copied; `wait()` waits until they are written."""
+    def __init__(self, folder: str | Path, keep: int = 2, group=None):
+        super().__init__(folder)
+        self.keep, self.group, self.pending = keep, group, None
+
+    def save(self, step: int, tensors: dict[str, Tensor], state: dict, texts: dict[str, str] | None = None):
+        "Begin a checkpoint after `step` steps: what every process holds of `tensors`, with `state` (JSON) and other files of text."
+        try: self.wait()
+        except OSError as error: warnings.warn(f'{error}; training goes on', stacklevel=2)
+        new = self.folder/f'step-{step:08d}.tmp'
+        writer = Shards(new, lambda: self.finish(new, state, texts or {}))
+        self.pending = step, dcp.async_save(tensors, storage_writer=writer, process_group=self.group, no_dist=self.group is None)
+
+    def finish(self, new: Path, state: dict, texts: dict[str, str]):
+        "What one process does when all have written their shards: seal, rename, move `latest`, remove the oldest."
+        for name, text in texts.items(): (new/name).write_text(text, 'utf-8')
+        seal(new, state)
+        if (folder := new.with_suffix('')).exists(): shutil.rmtree(folder)
+        os.replace(new, folder)
+        write_text(self.folder/'latest', folder.name)
+        for old in self.all[:-self.keep]: shutil.rmtree(old, ignore_errors=True)
+
+    def wait(self):
+        "Until the last save is complete. OSError when it failed; the checkpoints before it are untouched."
+        if not self.pending: return
+        (step, saving), self.pending = self.pending, None
+        try: saving.result()
+        except (CheckpointException, Exception) as error:
+            shutil.rmtree(self.folder/f'step-{step:08d}.tmp', ignore_errors=True)
+            raise OSError(f'{self.folder}: the checkpoint after step {step} could not be written ({reason(error)}); the last one is {self.all[-1].name if self.all else "none"}') from None
 
 def reason(error: BaseException) -> str:
     "The first line of what went wrong, on the first process where it did."
     if isinstance(error, CheckpointException): error = next(iter(error.failures.values()))[0]
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+def load_tensors(folder: Path, tensors: dict[str, Tensor], group=None):
+    "Read a checkpoint into `tensors`, which may be spread over another number of processes than those that wrote it. ValueError when names or shapes differ."
+    try: dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), process_group=group, no_dist=group is None)
+    except (CheckpointException, Exception) as error: raise ValueError(f'{folder}: does not fit this model ({reason(error)})') from None
 
 # %% ../nbs/08b_runs.ipynb #7e2da98a
 @contextmanager

@@ -10,7 +10,7 @@ __all__ = ['PAPER', 'RECIPES', 'TIME', 'SIGNAL', 'Subject', 'Schedule', 'Task', 
            'save_samples', 'Alone', 'Trainer', 'gradient', 'take_step', 'keep_refused', 'Books', 'loop', 'try_samples',
            'loader_watched', 'train', 'conclude', 'averaged_model', 'tuning_recipe']
 
-# %% ../nbs/09_training.ipynb #52a6c840
+# %% ../nbs/09_training.ipynb #39e14f77
 import copy, json, math, signal, statistics, time, warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -26,7 +26,7 @@ from .blocks import plain_attention
 from .data import open_data
 from .diffusion import NoiseDistribution, diffusion_loss
 from .model import PRESETS, ModelConfig, SnapVideo, weights_folder
-from .runs import Checkpoints, Lines, Log, StopRequest, Stopped, only_writer, write_text
+from .runs import Checkpoints, Lines, Log, StopRequest, Stopped, load_tensors, only_writer, write_text
 from .sampling import sample
 from .streams import open_stream
 from .text import train_tokenizer
@@ -401,7 +401,7 @@ class Alone:
     def close(self):
         "Part company."
 
-# %% ../nbs/09_training.ipynb #f9dfcbe6
+# %% ../nbs/09_training.ipynb #4bd9ad15
 class Trainer:
     "Model, average, optimizer and progress of a run, as one process of a team holds them. ValueError when a batch does not divide among processes and parts."
     def __init__(self, config: TrainConfig, clips, team: Alone):
@@ -424,7 +424,7 @@ class Trainer:
         "Go on from the newest sound checkpoint of a run, if there is one."
         found = self.team.collect(run.checkpoints.newest() if self.team.leader else None)[0]
         if found:
-            run.checkpoints.load(found[0], self.tensors)
+            load_tensors(found[0], self.tensors, self.team.group)
             self.progress = Progress(**found[1])
 
     def save(self, run: Run, position: dict):
@@ -566,14 +566,14 @@ def conclude(run: Run, trainer: Trainer, word: float):
     model = trainer.team.whole(trainer.average)
     if trainer.team.leader: model.save_pretrained(run.folder/'model', force=True, dtype=torch.bfloat16)
 
-# %% ../nbs/09_training.ipynb #716eb434
+# %% ../nbs/09_training.ipynb #db581656
 def averaged_model(folder: str | Path) -> SnapVideo:
     "The averaged model of a run's last checkpoint, whether the run is finished or not. FileNotFoundError when there is no checkpoint yet."
     run = Run(read_config(folder))
     if not (found := run.checkpoints.newest()): raise FileNotFoundError(f'{folder}: no checkpoint yet')
     tokenizer = found[0]/'tokenizer.json'
     model = SnapVideo(base_config(run.config), tokenizer.read_text('utf-8') if tokenizer.exists() else None)
-    run.checkpoints.load(found[0], {f'average.{name}': value for name, value in model.state_dict().items()})
+    load_tensors(found[0], {f'average.{name}': value for name, value in model.state_dict().items()})
     return model.eval()
 
 # %% ../nbs/09_training.ipynb #a12b4139
