@@ -36,7 +36,7 @@ def shard(model: SnapVideo, mesh) -> SnapVideo:
     if any(True for _ in model.text.parameters()): fully_shard(model.text, mesh=mesh)
     return model
 
-# %% ../nbs/10_distributed.ipynb #8e3a4d24
+# %% ../nbs/10_distributed.ipynb #72633518
 class Team(Alone):
     """The processes that torchrun has started, as a team: one GPU each ('cuda'), or gloo on a CPU ('cpu'). Leave it by `close`, or use it as a context.
 
@@ -47,11 +47,14 @@ class Team(Alone):
         if self.world % shards: raise ValueError(f'{self.world} processes cannot be split into copies of {shards} shards')
         self.device = f'cuda:{place}' if kind == 'cuda' else device
         if kind == 'cuda': torch.cuda.set_device(place)
-        dist.init_process_group('cpu:gloo,cuda:nccl' if kind == 'cuda' else 'gloo', timeout=timedelta(hours=1))
-        self.group, self.talk = dist.new_group(backend='gloo'), dist.new_group(backend='gloo')  # two, as checkpoints are written while training goes on
+        patience = timedelta(hours=1)  # with a leader that samples, or reads a checkpoint to see whether it is sound
+        dist.init_process_group('cpu:gloo,cuda:nccl' if kind == 'cuda' else 'gloo', timeout=patience)
+        self.group, self.talk = (dist.new_group(backend='gloo', timeout=patience) for _ in range(2))  # two, as checkpoints are written while training goes on
         self.mesh = init_device_mesh(kind, (self.world//shards, shards), mesh_dim_names=('copies', 'shards'))
 
-    def spread(self, model): return shard(model.to(self.device) if not any(True for _ in model.parameters()) else model, self.mesh)
+    def spread(self, model):
+        if not any(True for _ in model.text.parameters()): model.text.to(self.device)  # frozen: every process has its own
+        return shard(model, self.mesh)
 
     def compile(self, model):
         for block in getattr(model.network, 'blocks', None) or model.network.steps: block.compile()

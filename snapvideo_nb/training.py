@@ -10,7 +10,7 @@ __all__ = ['PAPER', 'RECIPES', 'TIME', 'SIGNAL', 'Subject', 'Schedule', 'Task', 
            'save_samples', 'Alone', 'Trainer', 'gradient', 'take_step', 'keep_refused', 'Books', 'loop', 'try_samples',
            'loader_watched', 'train', 'conclude', 'averaged_model', 'tuning_recipe']
 
-# %% ../nbs/09_training.ipynb #39e14f77
+# %% ../nbs/09_training.ipynb #38ab452a
 import copy, json, math, signal, statistics, time, warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np, torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 from jaxtyping import Float
@@ -448,7 +449,7 @@ def gradient(trainer: Trainer, batch: Batch, word: float = 0.) -> tuple[Tensor, 
     norm = torch.nn.utils.clip_grad_norm_(trainer.model.parameters(), config.clip_norm)
     return team.gather(torch.cat(found, 1)), float(norm.full_tensor() if hasattr(norm, 'full_tensor') else norm)
 
-# %% ../nbs/09_training.ipynb #75187b8d
+# %% ../nbs/09_training.ipynb #9ebad6eb
 def take_step(trainer: Trainer, batch: Batch, word: float = 0.) -> tuple[float, float, str]:
     "One step of the optimizer and of the average, unless there is an objection: the gradient's norm, the largest `word` of any process, the objection."
     config, progress = trainer.config, trainer.progress
@@ -464,9 +465,11 @@ def take_step(trainer: Trainer, batch: Batch, word: float = 0.) -> tuple[float, 
 def keep_refused(run: Run, trainer: Trainer, batch: Batch, objection: str):
     "This process's clips of a refused step as refused/step-N-rank-R.safetensors, with captions, numbers and objection in its header; the last few stay."
     folder, name = run.folder/'refused', f'step-{trainer.progress.step:08d}-rank-{trainer.team.rank}.safetensors'
-    folder.mkdir(exist_ok=True)
     told = dict(captions=batch.captions, rows=list(trainer.team.rows(trainer.config.batch)), objection=objection)
-    save_file(dict(video=batch.video.contiguous(), fps=batch.fps, size=batch.size), folder/name, metadata={'told': json.dumps(told)})
+    try:
+        folder.mkdir(exist_ok=True)
+        save_file(dict(video=batch.video.contiguous(), fps=batch.fps, size=batch.size), folder/name, metadata={'told': json.dumps(told)})
+    except (OSError, SafetensorError) as error: warnings.warn(f'{folder/name} could not be written ({error})', stacklevel=2)
     for old in sorted(folder.glob(f'*-rank-{trainer.team.rank}.safetensors'))[:-trainer.config.patience]: old.unlink()
 
 # %% ../nbs/09_training.ipynb #75b5ad2d

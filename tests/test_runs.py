@@ -103,6 +103,18 @@ def test_asked_to_stop(request_, tmp_path, undisturbed):
     assert_same(tmp_path/'run', undisturbed)
 
 
+def test_two_processes_are_asked_to_stop(tmp_path):
+    "The launcher passes the signal on, and the state of the last step is saved."
+    run = tmp_path/'run'
+    process = start(run, processes=2, steps=100_000)
+    assert until(lambda: run.exists() and logged(run) >= 3, process)
+    os.kill(process.pid, signal.SIGTERM)
+    code, said = finish(process)
+    assert code and sum('everything is saved' in line for line in said) == 1
+    steps = int(next(line for line in said if 'after step' in line).split('after step ')[1].split(',')[0])
+    assert (run/'checkpoints'/'latest').read_text() == f'step-{steps:08d}'
+
+
 def test_one_then_two_then_one(tmp_path, undisturbed):
     run = tmp_path/'run'
     process = start(run)
