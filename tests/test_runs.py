@@ -66,6 +66,15 @@ def assert_same(run, undisturbed):
     assert all(torch.equal(value, tensors_[name]) for name, value in tensors.items()) and model == model_
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    "As many threads here as in the processes: sums over other numbers of threads differ in their last bits."
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope='module')
 def undisturbed(tmp_path_factory):
     run = tmp_path_factory.mktemp('undisturbed')/'run'
