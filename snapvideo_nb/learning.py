@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['STUDY', 'LEVELS', 'MARKS', 'STEPS', 'RATES', 'study_config', 'Probe', 'learn', 'final', 'best_rate', 'learning_study']
 
-# %% ../nbs/14c_learning.ipynb #0dfba2b5
+# %% ../nbs/14c_learning.ipynb #05e1e5ad
 import json, math
 from dataclasses import asdict, replace
 from pathlib import Path
 import torch
+from .blocks import plain_attention
 from .data import open_data
 from .diffusion import diffusion_loss
 from .model import PRESETS, SnapVideo
@@ -52,7 +53,7 @@ class Probe:
         losses, levels = torch.cat(losses), torch.cat(self.level)
         return {f'{level:g}': round(losses[levels == level].mean().item(), 6) for level in LEVELS}
 
-# %% ../nbs/14c_learning.ipynb #ad3b989d
+# %% ../nbs/14c_learning.ipynb #4b0cb249
 MARKS = frozenset(round(20*2**(k/2)) for k in range(40))  # steps at which a run is examined: every half octave
 
 def learn(config: TrainConfig, out: Path | str, probe: Probe) -> dict:
@@ -61,12 +62,12 @@ def learn(config: TrainConfig, out: Path | str, probe: Probe) -> dict:
     path.parent.mkdir(parents=True, exist_ok=True)
     record = json.loads(path.read_text('utf-8')) if path.exists() else dict(curve={})
     if str(config.steps) in record['curve']: return record
-    network = PRESETS[config.preset].network
-    flop = config.batch*training_work(network, config.self_conditioning)
+    preset = PRESETS[config.preset]
+    with plain_attention(not config.fused_attention): flop = config.batch*training_work(preset.network, config.self_conditioning, preset.text['length'])
     def watch(step, ema):
         if step not in MARKS and step != config.steps: return
         record['curve'][str(step)] = dict(clips=step*config.batch, flop=step*flop, loss=probe(ema, config))
-        record['protocol'] = provenance('snapvideo scale --study learning', config=asdict(config), probe_clips=sum(map(len, probe.batches)), flop='forward, backward and extra pass of the network, without the text encoder')
+        record['protocol'] = provenance('snapvideo scale --study learning', config=asdict(config), probe_clips=sum(map(len, probe.batches)), flop='forward, backward and extra pass of the network as trained, without the text encoder')
         write_text(path, json.dumps(record, indent=1))
     train(config, watch=watch)
     return json.loads(path.read_text('utf-8'))
