@@ -537,7 +537,7 @@ def loader_watched():
         if 'DataLoader worker' not in str(error): raise
         raise ChildProcessError('a process that makes clips was killed (was memory short?); the same command continues from the last checkpoint') from None
 
-# %% ../nbs/09_training.ipynb #3ce31ba3
+# %% ../nbs/09_training.ipynb #e541549c
 def train(config: TrainConfig, clips=None, prompts: list[str] | None = None, watch: Callable | None = None, team: Alone | None = None) -> Path:
     """Train, or continue, a run; returns its folder, where model/ holds the averaged model (bf16) once all steps are done.
 
@@ -554,8 +554,8 @@ def train(config: TrainConfig, clips=None, prompts: list[str] | None = None, wat
         if team.leader: run.begin(trainer.progress.step)
         for context in (products(config.precision), plain_attention(not config.fused_attention), loader_watched(), stop := StopRequest()): stack.enter_context(context)
         portions = source.portions(team.rows(config.batch), range(trainer.progress.step, config.steps), config.batch, config.workers, trainer.progress.position or None)
-        word = loop(trainer, run, portions, prompts or first_captions(clips, 8)[:8], watch, stop)
-        run.checkpoints.wait()
+        try: word = loop(trainer, run, portions, prompts or first_captions(clips, 8)[:8], watch, stop)
+        finally: run.checkpoints.wait()
         conclude(run, trainer, word)
     return run.folder
 
