@@ -179,7 +179,7 @@ def encode(encoder: nn.Module, captions: list[str], at_once: int = 64) -> tuple[
     tokens, masks = zip(*(encoder(captions[i:i + at_once]) for i in range(0, len(captions), at_once)))
     return torch.cat(tokens), torch.cat(masks)
 
-# %% ../nbs/07_model.ipynb #f17e3996
+# %% ../nbs/07_model.ipynb #28d8f921
 class SnapVideo(nn.Module, Kept, library_name='snapvideo-nb', tags=['text-to-video']):
     """A text-to-video model: `model(noisy, sigma, conditions, latents=None) -> (denoised, latents)`, the one function that samplers see.
 
@@ -204,16 +204,18 @@ class SnapVideo(nn.Module, Kept, library_name='snapvideo-nb', tags=['text-to-vid
     @property
     def device(self): return next(self.network.parameters()).device
 
-    def conditions(self, captions: list[str], fps=None, size=None) -> Conditions:
+    def conditions(self, captions: list[str], fps=None, size=None, low_res: Float[Tensor, 'b 3 t h w'] | None = None, level=None) -> Conditions:
         """Conditions for captions, at the model's own frame rate and original size unless told (`fps`: number or [b]; `size`: (h, w) or [b, 2]).
+        An upsampler needs `low_res` (at the output size, of unit variance) and the `level` of the noise on it (number or [b]).
 
-        ValueError when a frame rate or size is not positive (an image has fps = inf)."""
+        ValueError when a frame rate or size is not positive (an image has fps = inf), or when an upsampler gets no clip, or another model one."""
         one_each = lambda value, *shape: torch.as_tensor(value, dtype=torch.float32, device=self.device).expand(len(captions), *shape)
         text, mask = encode(self.text, captions)
         fps = one_each(self.config.fps if fps is None else fps)
         size = one_each((self.config.size or self.shape[2:]) if size is None else size, 2)
         if not ((fps > 0).all() and (size > 0).all()): raise ValueError('frame rate and original size must be positive (an image has fps = inf)')
-        return Conditions(text, mask, fps, size)
+        if self.config.network.low_res != (low_res is not None): raise ValueError(f'{"an upsampler needs" if low_res is None else "only an upsampler takes"} a low-resolution clip')
+        return Conditions(text, mask, fps, size, *(() if low_res is None else (low_res.to(self.device), one_each(0. if level is None else level))))
 
     def prepare(self, conditions: Conditions) -> Conditions:
         "The conditions with everything precomputed that does not depend on sigma: once per clip instead of once per step."
