@@ -27,18 +27,24 @@ from .unet import UNet, UNetConfig
 # %% ../nbs/07_model.ipynb #ae7d63f0
 NETWORKS = {'fit': (FIT, FITConfig), 'unet': (UNet, UNetConfig)}
 
-# %% ../nbs/07_model.ipynb #110c4067
+# %% ../nbs/07_model.ipynb #ac732270
 @dataclass(frozen=True)
 class ModelConfig:
     """Everything that a model is, besides its weights: the network's kind and sizes, the text encoder, the framework's two constants.
 
-    `sigma_in=None` takes the rule s*sqrt(T). `fps` and `size` (original height and width) are what sampling assumes when it is not told."""
+    `sigma_in=None` takes the rule s*sqrt(T). `fps` and `size` (original height and width) are what sampling assumes when it is not told. An upsampler enlarges clips of
+    `low_res` (height, width), and samples best with noise of `level` on them. ValueError when the network's `low_res` says otherwise."""
     network: object = field(default_factory=FITConfig)
     text: dict = field(default_factory=lambda: dict(kind='hf', name='google-t5/t5-11b', length=128, width=1024))
     sigma_data: float = 1.
     sigma_in: float | None = None
     fps: float = 24.
     size: tuple[int, int] | None = None
+    low_res: tuple[int, int] | None = None
+    level: float = 0.
+
+    def __post_init__(self):
+        if self.network.low_res != bool(self.low_res): raise ValueError('an upsampler, and nothing else, has the size of the clips that it enlarges (low_res)')
 
     @property
     def kind(self) -> str:
@@ -75,7 +81,7 @@ def study_fit(patch_width, latents, latent_width, blocks):
 def study_unet(base, head):
     return ModelConfig(UNetConfig(frames=8, height=18, width=32, base=base, multipliers=(1, 2, 2), res_blocks=1, attention=(16, 8), head=head, condition_width=96, text_width=128, groups=8, dropout=0.), own_text, fps=8.)
 
-# %% ../nbs/07_model.ipynb #40e79320
+# %% ../nbs/07_model.ipynb #f3e0d7a2
 PRESETS = {
     'tiny': ModelConfig(FITConfig(frames=4, height=9, width=16, patch=(1, 3, 4), group=(4, 3, 2), blocks=1, global_layers=1, patch_width=32, latents=8, latent_width=32,
                                   patch_head=16, latent_head=16, condition_width=32, text_width=32, dropout=0.),
@@ -87,7 +93,7 @@ PRESETS = {
                          own_text | dict(width=256), fps=8.),
     'fit-500m': ModelConfig(FITConfig(), t5),
     'fit-3.9b': ModelConfig(large, t5),
-    'fit-3.9b-up': ModelConfig(replace(large, height=288, width=512, group=(16, 18, 16), low_res=True), t5),
+    'fit-3.9b-up': ModelConfig(replace(large, height=288, width=512, group=(16, 18, 16), low_res=True), t5, low_res=(36, 64)),
     'unet-mini': ModelConfig(UNetConfig(height=18, width=32, base=32, multipliers=(1, 3, 3), attention=(16, 8), head=32, condition_width=96, text_width=128,
                                         groups=8, dropout=0.), own_text, fps=8.),
     'fit-s': study_fit(192, 64, 128, 2), 'fit-m': study_fit(256, 128, 256, 3), 'fit-l': study_fit(512, 128, 512, 3),
