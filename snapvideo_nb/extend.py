@@ -106,7 +106,7 @@ def check_prompts(prompts) -> list[str]:
     if isinstance(prompts, str) or not len(prompts): raise ValueError(f'a list of at least one caption is needed, got {prompts!r}')
     return list(prompts)
 
-# %% ../nbs/12_extend.ipynb #62b5be1a
+# %% ../nbs/12_extend.ipynb #73fe8621
 def complete(model, prompts: list[str], frames: Float[Tensor, 'b 3 f h w'], known: Bool[Tensor, 'f'], seeds: list[int] | None = None, overlap: int | None = None, stage: int = 0,
              weight: float = 4., steps: int = 64, micro_batch: int = 1, callback: Callable | None = None, progress: bool = False, **settings) -> Float[Tensor, 'b 3 f h w']:
     """Videos of any length whose `known` frames are those of `frames`; the others are sampled, window after window as in `windows`. On the CPU.
@@ -128,7 +128,8 @@ def complete(model, prompts: list[str], frames: Float[Tensor, 'b 3 f h w'], know
             there = videos[:, :, start:start + length].shape[2]
             view[:, :, :there], seen[:there] = videos[:, :, start:start + there], mask[start:start + there]
             made = sample_known(model, prompts, [segment_seed(s, stage, number) for s in seeds], view, seen, weight, steps=steps, micro_batch=micro_batch, callback=each, **settings)
-            videos[:, :, first:stop], mask[first:stop] = made[:, :, first - start:stop - start].cpu(), True
+            new = torch.arange(first, stop)[~mask[first:stop]]
+            videos[:, :, new], mask[new] = made[:, :, new - start].cpu(), True
     return videos
 
 # %% ../nbs/12_extend.ipynb #2d59703b
