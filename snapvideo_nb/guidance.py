@@ -58,7 +58,7 @@ def one_each(name: str, value, n: int, *shape: int) -> Tensor | None:
     try: return torch.as_tensor(value, dtype=torch.float32).expand(n, *shape)
     except RuntimeError: raise ValueError(f'{name} is given once for all or once for each of the {n} clips') from None
 
-# %% ../nbs/08b_guidance.ipynb #c7c1a5dd
+# %% ../nbs/08b_guidance.ipynb #d8d41461
 class GuidedBatch:
     """The model as a denoiser (x, sigma, state) -> (D, latents) for a list of captions, with guidance, in micro-batches of one size.
 
@@ -83,7 +83,8 @@ class GuidedBatch:
             if self.guidance.needed:
                 silent = torch.tensor([not negative[i] for i in rows], device=alone.text.device)
                 both = Conditions.cat([alone, conditions(negative, rows).drop_text(silent) if not silent.all() else alone.without_text()])
-            self.parts.append((rows, model.prepare(alone), model.prepare(both)))
+            ready = model.prepare(alone)
+            self.parts.append((rows, ready, model.prepare(both) if self.guidance.needed else ready))
 
     def evaluate(self, x: Float[Tensor, 'm ...'], sigma: float, weight: float, alone: Conditions, both: Conditions, latents=None):
         "One full micro-batch: the guided D, and the latents of its branches."

@@ -6,7 +6,8 @@
 * `solvers.json`: 4 clips, unguided. The distance (root mean square over all values of a clip in [-1, 1]) from the clip that 512 Heun steps make of the same seed, for euler, heun and dpm++ on two grids
   (rho = 7, and even in log sigma) at 7 to 127 evaluations each; and for heun without the latents of the evaluation before.
 * `guidance.json`: 32 clips of 16 Heun steps for each setting of `Guidance`: what the caption judge reads off them, how much moves, how strong the colours are. The first row is the same programs drawn by the data set.
-* `overhead.json`: processor time of `sample` against the same number of bare calls of the model with conditions prepared beforehand, in turns, in one process.
+* `overhead.json`: processor time of `sample` over that of the model's evaluations inside it (`own`), and over the same number of bare calls of the model with conditions prepared beforehand, in turns, in one
+  process (`ratio`). Beside other work the second one is noisy, as runs minutes apart meet different neighbours; the first one compares a run with itself.
 
 Captions are programs 0, 1, ... of the held-out split of Emoji with seed 7, seeds are 1000, 1001, ... Every row is written when it is done; the same command continues, and skips what is there. A record of other
 weights or of other settings is refused: `--force` begins it again."""
@@ -32,6 +33,18 @@ SETTINGS = {f'w = {w:g}': Guidance(w) for w in (0., 1., 2., 4., 8.)} | {
 def withheld(denoiser):
     "The denoiser, but each evaluation begins without latents."
     return lambda x, sigma, state: (denoiser(x, sigma, state._replace(latents=None))[0], None)
+
+
+class Timed:
+    "A model, and the processor time that its evaluations took."
+    def __init__(self, model): self.inner, self.seconds = model, 0.
+    def __getattr__(self, name): return getattr(self.inner, name)
+    def eval(self): return self
+    def __call__(self, *args):
+        began = time.process_time()
+        found = self.inner(*args)
+        self.seconds += time.process_time() - began
+        return found
 
 
 class Record:
@@ -121,13 +134,15 @@ class Bench:
         return record.told['rows']
 
     def overhead(self, clips: int = 4, steps: int = 8, rounds: int = 11) -> dict:
-        "Time of `sample` over that of its evaluations alone, taken in turns."
+        "Time of `sample` over that of its evaluations, in the same run and taken in turns."
         record = self.record('overhead', clips=clips, steps=steps, solver='heun', rounds=rounds, clock='processor time of one process, median of the ratio over all rounds')
         captions, model = [self.held.program(j)['caption'] for j in range(clips)], self.model
         def measured(weight, micro_batch):
-            parts, x = GuidedBatch(model, captions, weight, micro_batch=micro_batch).parts, seeded_noise(range(micro_batch), model.shape).float()
+            inside, (parts, x) = [], (GuidedBatch(model, captions, weight, micro_batch=micro_batch).parts, seeded_noise(range(micro_batch), model.shape).float())
             x = torch.cat([x, x]) if weight else x
-            def whole(): sample(model, captions, steps=steps, guidance=weight, micro_batch=micro_batch)
+            def whole():
+                sample(timed := Timed(model), captions, steps=steps, guidance=weight, micro_batch=micro_batch)
+                inside.append(timed.seconds)
             @torch.no_grad()
             def bare():
                 latents = [None]*len(parts)
@@ -138,8 +153,8 @@ class Bench:
                 return time.process_time() - began
             seconds(whole), seconds(bare)
             pairs = [(seconds(whole), seconds(bare)) if k % 2 else (seconds(bare), seconds(whole))[::-1] for k in range(rounds)]
-            ratios = sorted(a/b for a, b in pairs)
-            return dict(ratio=round(statistics.median(ratios), 4), ratios=[round(r, 4) for r in ratios], bare_ms=round(1000*statistics.median(b for _, b in pairs)/(2*steps - 1)/clips, 2))
+            ratios, own = sorted(a/b for a, b in pairs), sorted(a/b for (a, _), b in zip(pairs, inside[1:]))
+            return dict(own=round(statistics.median(own), 4), owns=[round(r, 4) for r in own], ratio=round(statistics.median(ratios), 4), ratios=[round(r, 4) for r in ratios], bare_ms=round(1000*statistics.median(b for _, b in pairs)/(2*steps - 1)/clips, 2))
         for weight in (0., 1.):
             for micro_batch in (1, 4): record.row(f'w = {weight:g}, micro-batch of {micro_batch}', lambda: dict(weight=weight, micro_batch=micro_batch) | measured(weight, micro_batch), self.say)
         return record.told['rows']
