@@ -43,7 +43,7 @@ help:
 	@touch $@
 
 demo: .venv/runtime
-	@$(BIN)/snapvideo sample "$$CAPTION" --seed $(SEED) --out outputs/demo --force
+	@$(BIN)/snapvideo sample "$$CAPTION" --seeds $(SEED) --format mp4 png --out outputs/demo --force
 
 # One thread per notebook: WORKERS of them run side by side.
 test: .venv/development

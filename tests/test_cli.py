@@ -2,15 +2,20 @@
 
 A mistake gives one line on stderr that names what was wrong, exit code 2, no traceback, and leaves every folder as it was. Most tests call
 `main` in this process, which is all that the installed command does; where the process itself matters, it is a real one."""
-import json, os, resource, shutil, signal, subprocess, sys
+import hashlib, json, os, resource, shutil, signal, subprocess, sys, time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np, pytest, torch
 
+from snapvideo_nb import __version__
 from snapvideo_nb.cli import main
+from snapvideo_nb.guidance import Guidance
 from snapvideo_nb.model import SnapVideo
+from snapvideo_nb.outputs import FORMATS, read_clip, read_metadata, write_file
+from snapvideo_nb.sampling import sample as library_sample
 from snapvideo_nb.text import train_tokenizer
-from snapvideo_nb.video import read_video, write_video
+from snapvideo_nb.video import read_video, to_frames, write_video
 
 COMMAND = [sys.executable, '-c', 'import sys; from snapvideo_nb.cli import main; sys.exit(main())']
 CAPTION = 'a red apple moving to the right'
@@ -23,6 +28,17 @@ def model(tmp_path_factory):
     tokenizer = train_tokenizer([CAPTION, 'a blue fish is still'], 300).to_json()
     torch.manual_seed(0)
     return SnapVideo.from_preset('tiny', tokenizer_json=tokenizer).save_pretrained(folder)
+
+
+@pytest.fixture(scope='module')
+def pair(model, tmp_path_factory):
+    "The same model with an upsampler beside it, untrained too."
+    folder = tmp_path_factory.mktemp('pair')/'tiny'
+    shutil.copytree(model, folder)
+    base = SnapVideo.from_pretrained(model)
+    network = replace(base.config.network, height=18, width=32, group=(4, 6, 4), low_res=True)
+    SnapVideo(replace(base.config, network=network, low_res=(9, 16), level=.1), base.text.tokenizer_json).save_pretrained(folder.with_name('tiny-up'))
+    return folder
 
 
 @pytest.fixture
@@ -53,16 +69,16 @@ def sample(model, *words): return ['sample', CAPTION, '--model', str(model), '--
 
 # What it makes
 
-def test_sample_writes_videos_and_a_sheet_and_prints_where(model, folder, capsys):
-    assert main(sample(model, '--count', 2, '--seed', 5, '--out', 'made', '--scale', 2)) == 0
+def test_sample_writes_videos_and_prints_where(model, folder, capsys):
+    assert main(sample(model, '--seeds', '5-6', '--out', 'made', '--scale', 2)) == 0
     printed = [Path(line) for line in capsys.readouterr().out.splitlines()]
-    assert sorted(map(str, printed)) == [f'made/a-red-apple-moving-to-the-right-seed5{end}' for end in ('-sheet.png', '.mp4')] + ['made/a-red-apple-moving-to-the-right-seed6.mp4']
+    assert list(map(str, printed)) == [f'made/a-red-apple-moving-to-the-right-seed{seed}.mp4' for seed in (5, 6)]
     assert sorted(printed) == sorted(Path('made').iterdir())
     assert read_video(printed[0]).frames.shape == (4, 18, 32, 3)
 
 
 def test_the_same_seed_gives_the_same_file(model, folder):
-    for out, more in (('one', []), ('two', []), ('three', ['--count', 3])): assert main(sample(model, '--out', out, *more)) == 0
+    for out, seeds in (('one', '0'), ('two', '0'), ('three', '2,0-1')): assert main(sample(model, '--out', out, '--seeds', seeds)) == 0
     first, again, beside_others = (read_video(Path(out)/'a-red-apple-moving-to-the-right-seed0.mp4').frames for out in ('one', 'two', 'three'))
     assert np.array_equal(first, again) and np.array_equal(first, beside_others)
 
@@ -72,16 +88,119 @@ def test_captions_of_one_name_get_files_of_their_own(model, folder):
     assert sorted(path.name for path in Path('made').glob('*.mp4')) == ['a-cat-2-seed0.mp4', 'a-cat-seed0.mp4']
 
 
+def test_captions_from_a_file(model, folder, capsys):
+    "One a line, beside those of the command line, each once."
+    Path('prompts.txt').write_text('# two fish\n\na blue fish\na fish  \n', 'utf-8')
+    assert main(['sample', 'a fish', '--file', 'prompts.txt', '--model', str(model), '--steps', '1', '--out', 'made']) == 0
+    assert [Path(line).name for line in capsys.readouterr().out.splitlines()] == ['a-fish-seed0.mp4', 'a-blue-fish-seed0.mp4']
+
+
 def test_unknown_words_are_named_and_sampling_goes_on(model, folder, capsys):
     assert main(['sample', 'a red zebra moving to the quay', '--model', str(model), '--steps', '1', '--out', 'made']) == 0
     told = [line for line in capsys.readouterr().err.splitlines() if 'warning' in line]
     assert len(told) == 1 and "'zebra'" in told[0] and "'quay'" in told[0] and "'red'" not in told[0]
-    assert len(list(Path('made').iterdir())) == 2
+    assert len(list(Path('made').iterdir())) == 1
+
+
+def test_formats_and_endings(model, folder, capsys):
+    "Every format in a folder, each by its ending as a file; the WebP holds exactly what was sampled."
+    assert main(sample(model, '--format', 'mp4', 'gif', 'webp', 'png', '--out', 'made', '--scale', 1)) == 0
+    assert sorted(path.suffix for path in Path('made').iterdir()) == sorted(FORMATS)
+    for ending in FORMATS: assert main(sample(model, '--out', f'one{ending}', '--scale', 1)) == 0
+    exact = to_frames(library_sample(SnapVideo.from_pretrained(model), [CAPTION], [0], steps=2))[0]
+    for path in ('one.webp', 'made/a-red-apple-moving-to-the-right-seed0.webp'): assert np.array_equal(read_clip(path).frames, exact)
+
+
+def test_every_setting_reaches_the_video_and_the_file(model, folder):
+    words = '--guidance 3 --oscillate 1 --steady 1 --interval 0.01 50 --threshold 0.9 --solver churn --fps 12 --scale 1 --batch 2'.split()
+    assert main(sample(model, *words, '--negative', 'a blue fish', '--out', 'one.webp')) == 0
+    told = read_metadata('one.webp')
+    expected = dict(caption=CAPTION, seed=0, steps=2, solver='churn', guidance=3., oscillate=1., steady=1, interval=[.01, 50.], threshold=.9, negative='a blue fish', fps=12.,
+                    weights=hashlib.sha256((model/'model.safetensors').read_bytes()).hexdigest()[:16], scale=1)
+    assert told['recipe'] == expected and told['made'] == dict(snapvideo=__version__, torch=torch.__version__, device='cpu', model=str(model), up='none', batch=2)
+    guidance = Guidance(3., 1., 1, (.01, 50.), .9)
+    direct = library_sample(SnapVideo.from_pretrained(model), [CAPTION], [0], steps=2, guidance=guidance, negative='a blue fish', solver='churn', fps=12., micro_batch=2)
+    clip = read_clip('one.webp')
+    assert np.array_equal(clip.frames, to_frames(direct)[0]) and clip.fps == 12
+
+
+def test_a_grid_for_each_caption_or_of_all(model, folder, capsys):
+    captions = ['a cat', 'a dog']
+    words = ['sample', *captions, '--model', str(model), '--steps', '1', '--seeds', '0-2', '--grid', '--scale', '4']
+    assert main([*words, '--out', 'made', '--format', 'webp', 'png']) == main([*words, '--out', 'all.webp']) == 0
+    assert sorted(path.name for path in Path('made').iterdir()) == [f'{name}-seeds0-2{end}' for name in ('a-cat', 'a-dog') for end in ('.png', '.webp')]
+    assert read_clip('made/a-cat-seeds0-2.webp').frames.shape == (4, 14 + 2*(14 + 36), 2*64, 3)
+    whole = read_clip('all.webp').frames
+    assert whole.shape == (4, 2*(14 + 14 + 36), 3*64, 3)
+    exact = to_frames(library_sample(SnapVideo.from_pretrained(model), ['a dog'], [1], steps=1))[0].repeat(4, 1).repeat(4, 2)
+    assert np.array_equal(whole[:, -36:, 64:128], exact)
+    assert read_metadata('all.webp')['recipe']['captions'] == captions
+
+
+def test_more_frames_a_clip_to_continue_and_a_picture(model, folder):
+    given = np.random.default_rng(0).integers(0, 256, (2, 9, 16, 3), dtype=np.uint8)
+    write_file('given.webp', given, 8., {})
+    write_file('picture.png', given[1], 8., {})
+    for words, first, frames in ((['--frames', 7], None, 7), (['--continue', 'given.webp'], given, 5), (['--image', 'picture.png'], given[1:], 4), (['--image', 'picture.png', '--frames', 6], given[1:], 6)):
+        assert main(sample(model, *words, '--scale', 1, '--out', 'made.webp', '--force')) == 0
+        made = read_clip('made.webp').frames
+        assert len(made) == frames and (first is None or np.array_equal(made[:len(first)], first))
+        assert main(['sample', '--again', 'made.webp', '--out', 'again.webp', '--force']) == 0
+        assert np.array_equal(read_clip('again.webp').frames, made)
+
+
+def test_again_makes_the_same_frames_and_says_when_it_cannot(model, folder, capsys):
+    shutil.copytree(model, 'copy')
+    words = ['sample', CAPTION, '--model', 'copy', '--steps', '2', '--guidance', '2', '--interval', '0.1', 'inf', '--seeds', '7', '--out', 'one.webp']
+    assert main(words) == main(['sample', '--again', 'one.webp', '--out', 'two.webp']) == 0
+    assert capsys.readouterr().err.count('warning') == 0
+    assert np.array_equal(read_clip('one.webp').frames, read_clip('two.webp').frames) and read_metadata('one.webp') == read_metadata('two.webp')
+    assert main(['sample', '--again', 'one.webp', '--seeds', '8', '--out', 'other.webp']) == 0
+    assert read_metadata('other.webp')['recipe'] == read_metadata('one.webp')['recipe'] | dict(seed=8)
+    torch.manual_seed(1)
+    SnapVideo.from_preset('tiny', tokenizer_json=Path('copy/tokenizer.json').read_text()).save_pretrained('copy', force=True)
+    capsys.readouterr()
+    assert main(['sample', '--again', 'one.webp', '--out', 'three.webp']) == 0
+    told = capsys.readouterr().err
+    assert 'copy has other contents now' in told and read_metadata('one.webp')['recipe']['weights'] in told
+    assert not np.array_equal(read_clip('one.webp').frames, read_clip('three.webp').frames)
+
+
+def test_a_grid_made_again(model, folder):
+    assert main(['sample', 'a cat', 'a dog', '--model', str(model), '--steps', '1', '--seeds', '3,5', '--grid', '--out', 'one.gif']) == 0
+    assert main(['sample', '--again', 'one.gif', '--out', 'two.gif']) == 0
+    assert Path('one.gif').read_bytes() == Path('two.gif').read_bytes()
+
+
+def test_the_same_command_makes_only_what_is_missing(model, folder, capsys):
+    words = sample(model, '--seeds', '0-2', '--out', 'made')
+    assert main(words) == 0
+    first, second, third = sorted(Path('made').iterdir())
+    kept = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in (first, third)}
+    before = second.read_bytes()
+    second.unlink()
+    capsys.readouterr()
+    assert main(words) == 0
+    assert sorted(map(Path, capsys.readouterr().out.splitlines())) == [first, second, third]
+    assert second.read_bytes() == before and kept == {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in kept}
 
 
 def test_force_overwrites(model, folder):
-    assert main(sample(model, '--out', 'made')) == main(sample(model, '--out', 'made', '--force')) == 0
-    assert len(list(Path('made').iterdir())) == 2
+    assert main(sample(model, '--out', 'made')) == 0
+    file, = Path('made').iterdir()
+    before, file_time = file.read_bytes(), file.stat().st_mtime_ns
+    assert main(sample(model, '--out', 'made', '--force')) == 0
+    assert file.read_bytes() == before and file.stat().st_mtime_ns > file_time
+
+
+def test_the_upsampler_beside_a_model_is_used(pair, folder):
+    "NAME-up beside NAME, unless it is told not to; its file says so, and is made again with it."
+    for words, width, steps in (([], 32, 3), (['--up', 'none'], 16, None), (['--up', str(pair) + '-up', '--frames', '6'], 32, 3)):
+        assert main(sample(pair, *words, '--up-steps', 3, '--scale', 1, '--out', 'one.webp', '--force')) == 0
+        told = read_metadata('one.webp')['recipe']
+        assert read_clip('one.webp').frames.shape[2] == width and told.get('up_steps') == steps and ('up_weights' in told) == (width == 32)
+        assert main(['sample', '--again', 'one.webp', '--out', 'two.webp', '--force']) == 0
+        assert np.array_equal(read_clip('one.webp').frames, read_clip('two.webp').frames)
 
 
 def test_presets_lists_every_preset_and_shows_one(capsys):
@@ -132,10 +251,32 @@ def test_data_show_writes_a_sheet_and_prints_captions(folder, capsys):
     (['sample', 'a cat', '--steps', '0'], ['--steps', '0']),
     (['sample', 'a cat', '--steps', '-3'], ['--steps', '-3']),
     (['sample', 'a cat', '--steps', 'many'], ['--steps', 'many']),
-    (['sample', 'a cat', '--count', '0'], ['--count']),
+    (['sample', 'a cat', '--seeds', 'x'], ['seeds are written like', "'x'"]),
+    (['sample', 'a cat', '--seeds', '5-3'], ['5-3']),
+    (['sample', 'a cat', '--seeds', '0-99999999'], ['more than a million']),
+    (['sample', '--file', 'nowhere.txt'], ['nowhere.txt', 'no such file']),
+    (['sample', 'a cat', '--out', 'cat.avi'], ['cat.avi', '.mp4']),
+    (['sample', 'a cat', '--out', 'cat.mp4', '--seeds', '0-1'], ['cat.mp4', '2 videos', 'grid']),
+    (['sample', 'a cat', '--out', 'cat.mp4', '--format', 'gif'], ['cat.mp4']),
+    (['sample', 'a cat', '--format', 'avi'], ["'avi'", 'webp']),
+    (['sample', 'a cat', '--solver', 'midpoint'], ['midpoint', 'heun']),
+    (['sample', 'a cat', '--interval', '3', '1'], ['interval', 'low < high']),
+    (['sample', 'a cat', '--interval', '3'], ['--interval']),
+    (['sample', 'a cat', '--threshold', '2'], ['threshold', '2']),
+    (['sample', 'a cat', '--oscillate', 'inf'], ['--oscillate']),
+    (['sample', 'a cat', '--steady', '-1'], ['--steady']),
+    (['sample', 'a cat', '--batch', '-1'], ['--batch']),
+    (['sample', 'a cat', '--fps', '-8'], ['--fps']),
+    (['sample', 'a cat', '--frames', '-1'], ['--frames']),
+    (['sample', 'a cat', '--level', '-1'], ['--level']),
+    (['sample', 'a cat', '--up-steps', '0'], ['--up-steps']),
+    (['sample', 'a cat', '--up', 'nowhere'], ['nowhere']),
+    (['sample', 'a cat', '--continue', 'nowhere.mp4'], ['nowhere.mp4', 'no such file']),
+    (['sample', 'a cat', '--image', 'a.png', '--continue', 'a.mp4'], ['--continue', '--image']),
+    (['sample', '--again', 'nowhere.mp4'], ['nowhere.mp4', 'no such file']),
     (['sample', 'a cat', '--guidance', 'nan'], ['--guidance', 'nan']),
     (['sample', 'a cat', '--guidance', '-1'], ['--guidance', '-1']),
-    (['sample', 'a cat', '--sed', '3'], ['--sed', '--seed']),
+    (['sample', 'a cat', '--sed', '3'], ['--sed', '--seeds']),
     (['sample', 'a cat', '--model', 'nowhere'], ['nowhere']),
     (['sample', 'a cat', '--device', 'abacus'], ['abacus']),
     (['presets', 'huge'], ['huge', 'mini']),
@@ -165,7 +306,25 @@ def test_an_output_that_exists_is_kept(model, folder, capsys):
     taken = Path('made/a-red-apple-moving-to-the-right-seed1.mp4')
     taken.parent.mkdir()
     taken.write_text('mine')
-    refused(capsys, folder, *sample(model, '--count', 3, '--out', 'made'), says=[taken, '--force'])
+    refused(capsys, folder, *sample(model, '--seeds', '0-2', '--out', 'made'), says=[taken, '--force'])
+
+
+def test_a_file_of_other_settings_is_kept(model, folder, capsys):
+    "The line says what is different."
+    assert main(sample(model, '--out', 'made')) == 0
+    capsys.readouterr()
+    refused(capsys, folder, *sample(model, '--out', 'made', '--guidance', 2), says=['made/a-red-apple', 'guidance 0.0', '2.0', '--force'])
+
+
+def test_files_that_cannot_be_begun_with(model, folder, capsys):
+    Path('broken.webp').write_bytes(b'RIFF nothing')
+    Path('empty.txt').write_text('# nothing\n')
+    write_video('mute.mp4', np.zeros((2, 9, 16, 3), np.uint8), 8)
+    refused(capsys, folder, *sample(model, '--continue', 'broken.webp'), says=['broken.webp', 'not a video'])
+    refused(capsys, folder, *sample(model, '--image', 'empty.txt'), says=['empty.txt'])
+    refused(capsys, folder, *sample(model, '--continue', 'mute.mp4', '--frames', 2), says=['2 frames'])
+    refused(capsys, folder, 'sample', '--file', 'empty.txt', says=['empty.txt', 'no caption'])
+    refused(capsys, folder, 'sample', '--again', 'mute.mp4', says=['mute.mp4', 'does not say how'])
 
 
 def test_an_output_folder_that_is_a_file(model, folder, capsys):
@@ -272,7 +431,7 @@ def test_help_is_there_at_once(tmp_path):
 
 def test_help_says_defaults_and_conventions(tmp_path):
     help = run('sample', '--help', folder=tmp_path).stdout
-    for part in ('--steps', 'default: 64', '--guidance', 'D_c', '--seed', '--force'): assert part in help
+    for part in ('--steps', 'default: 64', '--guidance', 'D_c', '--seeds', '0-63', '--force', '--again', '--continue', 'Frames per second'): assert part in help
     help = ' '.join(run('train', '--help', folder=tmp_path).stdout.replace('│', ' ').split())
     for part in ('--preset', '--init-from', '--steps', '--lr', 'default: mini'): assert part in help
 
@@ -297,11 +456,68 @@ def test_nobody_reads_on(tmp_path):
     assert (done.returncode, done.stderr) == (141, '')
 
 
-def test_interrupted(model, tmp_path):
+def interrupt(words, folder, after):
+    "Start a real process, send it what Ctrl-C sends when `after(folder)` holds; (exit code, what it said)."
     listen = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # what a shell starts in the background is deaf to SIGINT, and so are its children
-    with subprocess.Popen([*COMMAND, *sample(model, '--steps', 100000)], cwd=tmp_path, stderr=subprocess.PIPE, text=True, preexec_fn=listen) as process:
-        while 'denoising' not in process.stderr.read(400): assert process.poll() is None  # 400: the bar stands and moves
+    with open(folder.parent/'said', 'w+') as said, subprocess.Popen([*COMMAND, *map(str, words)], cwd=folder, stderr=said, stdout=said, preexec_fn=listen) as process:
+        deadline = time.monotonic() + 100
+        while not after(folder) and process.poll() is None and time.monotonic() < deadline: time.sleep(.02)
         process.send_signal(signal.SIGINT)
-        told = process.stderr.read()
-    assert process.returncode == 130 and told.endswith('snapvideo: interrupted\n') and 'Traceback' not in told
-    assert list(tmp_path.iterdir()) == []
+        code = process.wait(60)
+        said.seek(0)
+        return code, said.read()
+
+
+@pytest.fixture
+def place(tmp_path):
+    (tmp_path/'place').mkdir()
+    return tmp_path/'place'
+
+
+def test_interrupted_before_anything_is_done(model, place):
+    code, told = interrupt(sample(model, '--steps', 100000), place, lambda folder: 'step/s' in (folder.parent/'said').read_text())
+    assert code == 130 and told.endswith('snapvideo: interrupted: 0 of 1 clips are done, and the same command goes on\n') and 'Traceback' not in told
+    assert list(place.iterdir()) == []
+
+
+def test_interrupted_then_continued(model, place):
+    "Finished clips stay, whole; the same command makes the others and touches no file that is there."
+    words = sample(model, '--seeds', '0-39', '--steps', 20, '--out', 'made', '--scale', 1)
+    code, told = interrupt(words, place, lambda folder: len(list((folder/'made').glob('*.mp4'))) >= 2)
+    done = {path: path.stat().st_mtime_ns for path in (place/'made').iterdir()}
+    assert code == 130 and 2 <= len(done) < 40 and f'{len(done)} of 40 clips are done' in told.splitlines()[-1]
+    for path in done: read_metadata(path)
+    assert run(*words, folder=place).returncode == 0
+    assert len(list((place/'made').iterdir())) == 40 and done == {path: path.stat().st_mtime_ns for path in done}
+
+
+def launch(words, folder, processes=2):
+    "The command under torchrun, as its help says."
+    return subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc-per-node={processes}', '-m', 'snapvideo_nb.cli', '--', *map(str, words)],
+                          cwd=folder, capture_output=True, text=True, timeout=150, env=os.environ | dict(OMP_NUM_THREADS='1'))
+
+
+def test_two_processes_share_the_videos(model, tmp_path):
+    "Each is written once, the same as by one process; a grid is put together by whoever comes last; what is there is not made again."
+    words = sample(model, '--seeds', '0-5', '--format', 'webp', '--scale', 1)
+    assert main([*words, '--out', str(tmp_path/'alone')]) == 0
+    done = launch([*words, '--out', 'shared'], tmp_path)
+    assert done.returncode == 0, done.stderr
+    printed = done.stdout.splitlines()
+    assert len(printed) == len(set(printed)) == 6
+    for path in (tmp_path/'alone').iterdir(): assert np.array_equal(read_clip(path).frames, read_clip(tmp_path/'shared'/path.name).frames)
+    grid = launch([*words[:-2], '--grid', '--out', 'grids'], tmp_path)
+    assert grid.returncode == 0, grid.stderr
+    assert [path.name for path in (tmp_path/'grids').iterdir()] == ['a-red-apple-moving-to-the-right-seeds0-5.webp']
+
+
+def test_a_process_that_dies_leaves_its_videos_for_the_next_call(model, tmp_path):
+    "Two processes without a launcher, one of which is killed at once; then one alone makes the rest."
+    words = [*COMMAND, *sample(model, '--seeds', '0-5', '--out', 'made')]
+    two = [subprocess.Popen(words, cwd=tmp_path, env=os.environ | dict(RANK=str(rank), WORLD_SIZE='2'), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) for rank in range(2)]
+    two[1].kill()
+    assert two[0].wait(100) == 0 and two[1].wait(100) != 0
+    seeds = lambda: sorted(int(path.stem[-1]) for path in (tmp_path/'made').iterdir())
+    assert seeds() == [0, 2, 4]
+    assert subprocess.run(words, cwd=tmp_path, stdout=subprocess.DEVNULL, timeout=100).returncode == 0
+    assert seeds() == [0, 1, 2, 3, 4, 5]

@@ -51,7 +51,7 @@ def test_the_wheel_holds_code_weights_and_results(wheel):
 
 def test_it_samples_outside_the_repository(elsewhere):
     environment = {key: value for key, value in os.environ.items() if not key.startswith(('PYTHON', 'VIRTUAL_ENV'))} | {'XDG_CACHE_HOME': str(elsewhere/'cache')}
-    printed = run(elsewhere/'venv/bin/snapvideo', 'sample', 'a red apple moving to the right', '--steps', 2, '--out', 'videos', cwd=elsewhere, env=environment)
+    printed = run(elsewhere/'venv/bin/snapvideo', 'sample', 'a red apple moving to the right', '--steps', 2, '--format', 'mp4', 'png', '--out', 'videos', cwd=elsewhere, env=environment)
     made = sorted(path.suffix for path in (elsewhere/'videos').iterdir())
     assert made == ['.mp4', '.png']
     for path in (elsewhere/'videos').iterdir(): assert path.name in printed and path.stat().st_size > 500
