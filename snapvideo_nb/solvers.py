@@ -64,7 +64,7 @@ def heun_step(denoise: Denoise, state: State, sigma: float, sigma_next: float) -
     slope_next, there = denoise(here, euler, sigma_next)
     return there._replace(x=state.x + (sigma_next - sigma)*(slope + slope_next)/2, denoised=here.denoised, sigma=sigma)
 
-# %% ../nbs/08_solvers.ipynb #c9727b79
+# %% ../nbs/08_solvers.ipynb #96c6d483
 def solve(denoise: Denoise, x: Float[Tensor, 'b ...'], levels: Float[Tensor, 'n'], solver: Callable = heun_step,
           callback: Callable | None = None, noise: Callable | None = None) -> Float[Tensor, 'b ...']:
     """Follow the probability-flow ODE from `x` at levels[0] to levels[-1]: float64, on the scaled process (times sigma_in: a clip).
@@ -77,7 +77,7 @@ def solve(denoise: Denoise, x: Float[Tensor, 'b ...'], levels: Float[Tensor, 'n'
         if not (fine := after.x.flatten(1).isfinite().all(1)).all():
             lost = (~fine).nonzero().flatten().tolist()
             raise FloatingPointError(f'sampling diverged at step {step} (sigma = {sigma:.4g}) in samples {lost}')
-        if callback: callback(step, sigma, state.x, after.denoised, after.latents)
+        if callback is not None: callback(step, sigma, state.x, after.denoised, after.latents)
         state = after
     return state.x
 

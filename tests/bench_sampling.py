@@ -6,8 +6,7 @@
 * `solvers.json`: 4 clips, unguided. The distance (root mean square over all values of a clip in [-1, 1]) from the clip that 512 Heun steps make of the same seed, for euler, heun and dpm++ on two grids
   (rho = 7, and even in log sigma) at 7 to 127 evaluations each; and for heun without the latents of the evaluation before.
 * `guidance.json`: 32 clips of 16 Heun steps for each setting of `Guidance`: what the caption judge reads off them, how much moves, how strong the colours are. The first row is the same programs drawn by the data set.
-* `overhead.json`: processor time of `sample` over that of the model's evaluations inside it (`own`), and over the same number of bare calls of the model with conditions prepared beforehand, in turns, in one
-  process (`ratio`). Beside other work the second one is noisy, as runs minutes apart meet different neighbours; the first one compares a run with itself.
+* `overhead.json`: processor time of `sample`, text encoding and all, over that of the model's evaluations inside it (`own`), and over that of bare calls of the model with the same arguments, made in turns with them (`ratio`).
 
 Captions are programs 0, 1, ... of the held-out split of Emoji with seed 7, seeds are 1000, 1001, ... Every row is written when it is done; the same command continues, and skips what is there. A record of other
 weights or of other settings is refused: `--force` begins it again."""
@@ -17,11 +16,11 @@ from pathlib import Path
 
 import torch
 from snapvideo_nb.data import Emoji
-from snapvideo_nb.guidance import Guidance, GuidedBatch
+from snapvideo_nb.guidance import Guidance
 from snapvideo_nb.metrics import CaptionJudge, track
 from snapvideo_nb.model import SnapVideo, weights_folder
 from snapvideo_nb.runs import digest, provenance, write_text
-from snapvideo_nb.sampling import sample, seeded_noise
+from snapvideo_nb.sampling import sample
 from snapvideo_nb.video import to_tensor
 
 RESULTS = Path(__file__).resolve().parent.parent/'data'/'results'
@@ -36,14 +35,20 @@ def withheld(denoiser):
 
 
 class Timed:
-    "A model, and the processor time that its evaluations took."
-    def __init__(self, model): self.inner, self.seconds = model, 0.
+    "A model that makes every evaluation twice, the second time (or the first, in turns) only to be timed: processor seconds of both."
+    def __init__(self, model): self.inner, self.own, self.bare, self.turn = model, 0., 0., False
     def __getattr__(self, name): return getattr(self.inner, name)
     def eval(self): return self
-    def __call__(self, *args):
+
+    def timed(self, *args):
         began = time.process_time()
-        found = self.inner(*args)
-        self.seconds += time.process_time() - began
+        return self.inner(*args), time.process_time() - began
+
+    def __call__(self, *args):
+        self.turn = not self.turn
+        if self.turn: (_, bare), (found, own) = self.timed(*args), self.timed(*args)
+        else: (found, own), (_, bare) = self.timed(*args), self.timed(*args)
+        self.own, self.bare = self.own + own, self.bare + bare
         return found
 
 
@@ -133,28 +138,18 @@ class Bench:
         record.row('w = 1, latents withheld', lambda: made(Guidance(1.), around=withheld), self.say)
         return record.told['rows']
 
-    def overhead(self, clips: int = 4, steps: int = 8, rounds: int = 11) -> dict:
-        "Time of `sample` over that of its evaluations, in the same run and taken in turns."
-        record = self.record('overhead', clips=clips, steps=steps, solver='heun', rounds=rounds, clock='processor time of one process, median of the ratio over all rounds')
-        captions, model = [self.held.program(j)['caption'] for j in range(clips)], self.model
+    def overhead(self, clips: int = 4, steps: int = 8, rounds: int = 5) -> dict:
+        "Time of `sample` over that of its evaluations, and over that of bare calls with the same arguments."
+        record = self.record('overhead', clips=clips, steps=steps, solver='heun', rounds=rounds, clock='processor time, medians over the rounds')
+        captions = [self.held.program(j)['caption'] for j in range(clips)]
+        def run(weight, micro_batch):
+            model, began = Timed(self.model), time.process_time()
+            sample(model, captions, steps=steps, guidance=weight, micro_batch=micro_batch)
+            whole = time.process_time() - began - model.bare
+            return dict(own=whole/model.own, ratio=whole/model.bare, bare_ms=1000*model.bare/(2*steps - 1)/clips)
         def measured(weight, micro_batch):
-            inside, (parts, x) = [], (GuidedBatch(model, captions, weight, micro_batch=micro_batch).parts, seeded_noise(range(micro_batch), model.shape).float())
-            x = torch.cat([x, x]) if weight else x
-            def whole():
-                sample(timed := Timed(model), captions, steps=steps, guidance=weight, micro_batch=micro_batch)
-                inside.append(timed.seconds)
-            @torch.no_grad()
-            def bare():
-                latents = [None]*len(parts)
-                for _ in range(2*steps - 1): latents = [model(x, 1., both if weight else alone, kept)[1] for (_, alone, both), kept in zip(parts, latents)]
-            def seconds(f):
-                began = time.process_time()
-                f()
-                return time.process_time() - began
-            seconds(whole), seconds(bare)
-            pairs = [(seconds(whole), seconds(bare)) if k % 2 else (seconds(bare), seconds(whole))[::-1] for k in range(rounds)]
-            ratios, own = sorted(a/b for a, b in pairs), sorted(a/b for (a, _), b in zip(pairs, inside[1:]))
-            return dict(own=round(statistics.median(own), 4), owns=[round(r, 4) for r in own], ratio=round(statistics.median(ratios), 4), ratios=[round(r, 4) for r in ratios], bare_ms=round(1000*statistics.median(b for _, b in pairs)/(2*steps - 1)/clips, 2))
+            runs = [run(weight, micro_batch) for _ in range(rounds + 1)][1:]
+            return {key: round(statistics.median(r[key] for r in runs), 4) for key in runs[0]} | {f'{key}s': [round(r[key], 4) for r in runs] for key in ('own', 'ratio')}
         for weight in (0., 1.):
             for micro_batch in (1, 4): record.row(f'w = {weight:g}, micro-batch of {micro_batch}', lambda: dict(weight=weight, micro_batch=micro_batch) | measured(weight, micro_batch), self.say)
         return record.told['rows']

@@ -1,12 +1,13 @@
 "Sampling: bits that do not depend on company, orders of the solvers, closed forms, what callbacks see, clear errors."
-import math
+import json, math
 from functools import partial
 import numpy as np, pytest, torch
 
+import bench_sampling
 from snapvideo_nb.diffusion import GaussianMixture
 from snapvideo_nb.model import SnapVideo
 from snapvideo_nb.guidance import Guidance, GuidedBatch, dynamic_threshold
-from snapvideo_nb.sampling import sample, seeded_noise
+from snapvideo_nb.sampling import Trajectory, sample, seeded_noise
 from snapvideo_nb.solvers import SOLVERS, Denoise, State, churn_step, dpm_step, euler_step, heun_step, noise_levels, solve
 from snapvideo_nb.text import train_tokenizer
 
@@ -321,6 +322,13 @@ def test_trajectory_is_what_the_callback_saw(model):
         assert torch.equal(path.x[k], x.float()) and torch.equal(path.denoised[k], denoised) and torch.equal(path.latents[k], latents)
 
 
+def test_a_trajectory_may_listen_to_the_loop_itself():
+    "An empty one has length 0, and must not pass for no callback at all."
+    path = Trajectory()
+    solve(mixture_denoise(4.), torch.ones(2, 1), noise_levels(3), callback=path)
+    assert len(path) == 3 and path.latents == [None]*3
+
+
 def test_what_the_model_says_may_be_changed_on_the_way(model):
     def silenced(denoiser): return lambda x, sigma, state: (0*denoiser(x, sigma, state)[0], None)
     assert sample(model, CAPTIONS[:1], steps=2, around=silenced).abs().max() < 1e-9
@@ -364,3 +372,32 @@ def test_seeded_noise():
     assert torch.equal(noise[1:2], seeded_noise(np.array([7]), (2, 5)))
     many = seeded_noise(range(2000), (50,))
     assert abs(many.mean()) < .01 and abs(many.std() - 1) < .01 and abs((many[:, 0]*many[:, 1]).mean()) < .1
+
+
+# The bench
+
+def test_a_cut_bench_goes_on_where_it_was(model, tmp_path):
+    "And refuses a record of other weights or settings."
+    model.save_pretrained(tmp_path/'tiny')
+    said = []
+    bench = lambda **options: bench_sampling.Bench(tmp_path/'tiny', tmp_path/'records', say=said.append, **options)
+    rows = bench().solvers(clips=2, steps=4, budgets=(2,))
+    assert len(said) == len(rows) == 7 and all(row['evaluations'] == 3 and len(row['each']) == 2 for row in rows.values())
+    assert rows['heun, rho 7, 3']['rms'] != rows['heun, rho 7, withheld, 3']['rms'] > 0
+    told = json.loads((tmp_path/'records/solvers.json').read_text())
+    del told['rows']['dpm++, log, 3']
+    (tmp_path/'records/solvers.json').write_text(json.dumps(told))
+    again = bench().solvers(clips=2, steps=4, budgets=(2,))
+    assert len(said) == 8 and again['dpm++, log, 3']['each'] == rows['dpm++, log, 3']['each']
+    with pytest.raises(ValueError, match='another clips; --force'): bench().solvers(clips=1, steps=4, budgets=(2,))
+    with torch.no_grad(): model.network.gate.weight.mul_(.5)
+    model.save_pretrained(tmp_path/'tiny', force=True)
+    with torch.no_grad(): model.network.gate.weight.mul_(2)
+    with pytest.raises(ValueError, match='another weights; --force'): bench().solvers(clips=2, steps=4, budgets=(2,))
+    assert len(bench(force=True).solvers(clips=1, steps=2, budgets=(1,))) == 7
+
+
+def test_the_sampler_is_timed_around_its_network(model, tmp_path):
+    model.save_pretrained(tmp_path/'tiny')
+    rows = bench_sampling.Bench(tmp_path/'tiny', tmp_path/'records', say=lambda line: None).overhead(clips=1, steps=2, rounds=1)
+    assert len(rows) == 4 and all(row['own'] >= 1 and row['ratio'] > 0 and row['bare_ms'] > 0 for row in rows.values())
