@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['COMMANDS', 'one_line', 'parse', 'at_least', 'free', 'choose_device', 'warn_unknown', 'Wishes', 'Settings', 'Stages',
-           'Output', 'Sample', 'from_file', 'sample_command', 'preset_facts', 'Presets', 'literal', 'option',
-           'train_command', 'print_table', 'ScaleOptions', 'Scale', 'ClipOptions', 'DataShow', 'DataMeasure', 'empty',
-           'DataEmoji', 'DataFilm', 'overview', 'choose', 'do', 'main']
+           'Output', 'Sample', 'as_words', 'from_file', 'sample_command', 'preset_facts', 'Presets', 'literal',
+           'option', 'train_command', 'print_table', 'ScaleOptions', 'Scale', 'ClipOptions', 'DataShow', 'DataMeasure',
+           'empty', 'DataEmoji', 'DataFilm', 'overview', 'choose', 'do', 'main']
 
-# %% ../nbs/18_cli.ipynb #e554d18a
+# %% ../nbs/18_cli.ipynb #37317c58
 import ast, contextlib, difflib, io, json, os, re, sys, traceback, warnings
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -74,7 +74,7 @@ def warn_unknown(text, captions):
         if unknown := dict.fromkeys(text.unknown_words(caption)):
             warnings.warn(f'the model never met {", ".join(map(repr, unknown))} in {caption!r} and can only guess')
 
-# %% ../nbs/18_cli.ipynb #87f6c242
+# %% ../nbs/18_cli.ipynb #6e1fc63c
 @dataclass
 class Wishes:
     "Which videos: the options that name captions and seeds."
@@ -87,8 +87,11 @@ class Wishes:
 
     def every(self) -> tuple[str, ...]:
         "All captions, each once. ValueError for none or an empty one, and the errors of `read_captions`."
-        from snapvideo_nb.outputs import read_captions
-        captions = [' '.join(caption.split()) for caption in (*self.captions, *(read_captions(self.file) if self.file else ()))]
+        lines = list(self.captions)
+        if self.file:
+            from snapvideo_nb.outputs import read_captions
+            lines += read_captions(self.file)
+        captions = [' '.join(caption.split()) for caption in lines]
         if not captions: raise ValueError('no caption: say what to show, as in "a frog moves to the right"')
         if '' in captions: raise ValueError('a caption is empty: say what to show')
         return tuple(dict.fromkeys(captions))
@@ -134,12 +137,12 @@ class Settings:
         given = {name: value for name in ('threshold', 'negative', 'fps') if (value := getattr(self, name))}
         return dict(steps=self.steps, solver=self.solver, guidance=self.guidance) | swing | interval | given
 
-# %% ../nbs/18_cli.ipynb #ba55a6c1
+# %% ../nbs/18_cli.ipynb #cf56bcde
 @dataclass
 class Stages:
     "Longer, larger, or from something that is there: the options of the chapters on extension and upsampling."
     frames: int = 0
-    "Frames of the whole video, given ones included; 0 is as many as the model makes at once (more than it is given). More are made window by window."
+    "Frames of the whole video, given ones included; 0 is one window of the model. A longer video is made window by window."
     continue_: Annotated[Path | None, arg(name='continue', metavar='CLIP.MP4')] = None
     "Begin with the frames of this file, at the rate of --fps, and go on."
     image: Annotated[Path | None, arg(metavar='PICTURE.PNG')] = None
@@ -149,7 +152,7 @@ class Stages:
     up_steps: int = 16
     "Steps of the upsampler (heun)."
     level: Annotated[float | None, arg(metavar='LEVEL')] = None
-    "Noise that is added to the small clip for the upsampler, as a share of the data's standard deviation; the upsampler's own best, unless given."
+    "Standard deviation of the noise that is added to the small clip for the upsampler (pixels go from -1 to 1); the upsampler's own best, unless given."
 
     def more(self) -> dict:
         "What this adds to a recipe, after ValueError or FileNotFoundError for what cannot work."
@@ -170,7 +173,7 @@ class Output:
     force: bool = False
     "Make everything anew, and overwrite files of the same names."
 
-# %% ../nbs/18_cli.ipynb #c6db9706
+# %% ../nbs/18_cli.ipynb #2d179285
 @dataclass
 class Sample(Output, Stages, Settings, Wishes):
     """Turn captions into videos.
@@ -195,11 +198,11 @@ class Sample(Output, Stages, Settings, Wishes):
 
     def orders(self) -> list:
         "What will be written, after everything that can be known without the model: ValueError or OSError for captions, numbers or files that cannot work."
-        from snapvideo_nb.outputs import parse_seeds, plan
-        captions, seeds = self.every(), parse_seeds(self.seeds)
+        captions = self.every()
         at_least(0, scale=self.scale, batch=self.batch)
         self.guide()
-        orders = plan(captions, seeds, self.out, self.format, self.grid)
+        from snapvideo_nb.outputs import parse_seeds, plan
+        orders = plan(captions, parse_seeds(self.seeds), self.out, self.format, self.grid)
         free(*(file for order in orders for file in order.files), force=True)
         return orders
 
@@ -216,18 +219,25 @@ class Sample(Output, Stages, Settings, Wishes):
         for path in job.run(progress=share[0] == 0):
             with tqdm.external_write_mode(file=sys.stdout): print(path, flush=True)
 
-# %% ../nbs/18_cli.ipynb #5655798b
+# %% ../nbs/18_cli.ipynb #4ce59f12
+def as_words(name: str, value) -> list[str]:
+    "An option as it would be typed."
+    if value is True: return [f'--{name}']
+    return [f'--{name}', *map(str, value)] if isinstance(value, list) else [f'--{name}={value}']
+
 def from_file(file: Path) -> Sample:
-    "The command that made a file, from what is written in it. Errors of `read_metadata`; ValueError for a setting that this version does not know."
+    "The command that made a file, from what is written in it; the errors of `read_metadata`, and ValueError for settings that this version does not take."
     from snapvideo_nb.outputs import read_metadata
-    about = read_metadata(file)
-    recipe, made = dict(about['recipe']), about['made']
-    captions, seeds = recipe.pop('captions', None) or [recipe.pop('caption', '')], recipe.pop('seeds', None) or str(recipe.pop('seed', ''))
-    given = {'continue_' if name == 'clip' else name: Path(made['given']) for name in ('clip', 'image') if recipe.pop(name, None)}
-    for name in ('weights', 'up_weights'): recipe.pop(name, None)
-    if 'interval' in recipe: recipe['interval'] = tuple(map(float, recipe['interval']))
-    if unknown := recipe.keys() - {field.name for field in fields(Sample)}: raise ValueError(f'{file}: made with {", ".join(sorted(unknown))}, which this version does not know')
-    return Sample(tuple(captions), seeds=seeds, model=made['model'], up=made['up'], batch=made['batch'], again=Path(file), **recipe, **given)
+    recipe, made = (dict(read_metadata(file)[part]) for part in ('recipe', 'made'))
+    captions = recipe.pop('captions', None) or [recipe.pop('caption', '')]
+    told = dict(seeds=recipe.pop('seed', '')) | {name: made[name] for name in ('model', 'up', 'batch') if name in made}
+    told |= {option: made.get('given') for name, option in (('clip', 'continue'), ('image', 'image')) if recipe.pop(name, None)}
+    told |= {name: value for name, value in recipe.items() if name not in ('weights', 'up_weights')}
+    known = {field.name for kind in (Settings, Stages) for field in fields(kind)} | {'seeds', 'scale', 'grid', 'batch', 'continue'}  # what decides pixels: no file says where to write
+    if unknown := sorted(told.keys() - known): raise ValueError(f'{file}: made with {", ".join(unknown)}, which this version does not take')
+    try: command = parse(Sample, [word for name, value in told.items() for word in as_words(name, value)], 'sample')
+    except ValueError as error: raise ValueError(f'{file}: made with what this version does not take: {error}') from None
+    return replace(command, captions=tuple(map(str, captions)), again=Path(file))
 
 def sample_command(words: list):
     "What `snapvideo sample` fills, and what it does then: with --again FILE the defaults are those of the file."

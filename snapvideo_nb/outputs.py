@@ -71,7 +71,7 @@ def slug(caption: str, length: int = 60) -> str:
     while len(words) > 1 and len('-'.join(words)) > length: words.pop()
     return '-'.join(words)[:length] or 'video'
 
-# %% ../nbs/12b_outputs.ipynb #82af42a9
+# %% ../nbs/12b_outputs.ipynb #35a0acb9
 FORMATS = '.mp4', '.gif', '.webp', '.png'
 
 class Order(NamedTuple):
@@ -97,7 +97,7 @@ def plan(captions: list[str], seeds: list[int], out: str | Path, formats: list[s
         if endings: raise ValueError(f'{out} is a file, whose ending says the format: formats are named for a folder')
         if len(every) > 1 and not grid: raise ValueError(f'{out} is one file, and there are {len(every)} videos: name a folder, or ask for a grid')
         return [Order(tuple(every), (out,), grid)]
-    if (mimetypes.guess_type(out)[0] or '').startswith(('video/', 'image/')): raise ValueError(f'{out}: files end in {", ".join(FORMATS)}, and a folder has no such name')
+    if not out.is_dir() and (mimetypes.guess_type(out.name)[0] or '').startswith(('video/', 'image/')): raise ValueError(f'{out}: files end in {", ".join(FORMATS)}, and a folder has no such name')
     files = lambda name: tuple(out/f'{name}{ending}' for ending in dict.fromkeys(endings or ['.mp4']))
     if grid: return [Order(tuple(Wish(caption, seed) for seed in seeds), files(f'{stem}-seeds{spell_seeds(seeds)[:60]}'), True) for caption, stem in stems(captions).items()]
     return [Order((Wish(caption, seed),), files(f'{stem}-seed{seed}')) for caption, stem in stems(captions).items() for seed in seeds]
@@ -143,7 +143,7 @@ def write_file(path: str | Path, content: UInt8[np.ndarray, '*t h w 3'], fps: fl
     with whole_file(path, force) as new: write(new, content, fps, json.dumps(about))
     return Path(path)
 
-# %% ../nbs/12b_outputs.ipynb #098ec5fe
+# %% ../nbs/12b_outputs.ipynb #e3f06dd6
 def read_metadata(path: str | Path) -> dict:
     "What `write_file` was told about a file. FileNotFoundError when there is none, ValueError when it holds nothing of the kind."
     path = Path(path)
@@ -154,8 +154,8 @@ def read_metadata(path: str | Path) -> dict:
         else:
             with Image.open(path) as picture: text = picture.info.get('comment') or picture.info.get('Comment') or picture.getexif()[0x010E]
         about = json.loads(text)
-        if not {'recipe', 'made'} <= about.keys(): raise ValueError
-    except (av.FFmpegError, OSError, ValueError, LookupError, AttributeError, SyntaxError): raise ValueError(f'{path}: does not say how it was made') from None
+        if not all(isinstance(about[part], dict) for part in ('recipe', 'made')): raise ValueError
+    except (av.FFmpegError, OSError, ValueError, LookupError, TypeError, SyntaxError, RecursionError, Image.DecompressionBombError): raise ValueError(f'{path}: does not say how it was made') from None
     return about
 
 def read_clip(path: str | Path) -> Clip:
@@ -169,10 +169,10 @@ def read_clip(path: str | Path) -> Clip:
                 picture.seek(i)
                 frames.append(np.asarray(picture.convert('RGB')))
                 shown.append(picture.info.get('duration') or 100)
-    except (OSError, ValueError, SyntaxError) as error: raise ValueError(f'{path}: not a video that can be read ({error.__class__.__name__})') from None
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error: raise ValueError(f'{path}: not a video that can be read ({error.__class__.__name__})') from None
     if len(frames) == 1: return Clip(frames[0][None], fps=math.inf, source=str(path))
-    try: fps = read_metadata(path)['recipe']['fps']
-    except (ValueError, KeyError): fps = 1000/min(shown)
+    try: fps = float(read_metadata(path)['recipe']['fps'])
+    except (ValueError, KeyError, TypeError): fps = 1000/min(shown)
     ends, count = np.cumsum(shown), max(1, round(sum(shown)*fps/1000))
     return Clip(np.stack(frames)[np.searchsorted(ends, (np.arange(count) + .5)*1000/fps).clip(max=len(frames) - 1)], fps=fps, source=str(path))
 
@@ -254,7 +254,7 @@ class Producer:
         videos = self.base(list(captions), list(seeds), batch, tick)
         return self.enlarged(videos, list(captions), list(seeds), batch, tick) if self.up else videos
 
-# %% ../nbs/12b_outputs.ipynb #5fb1ad0c
+# %% ../nbs/12b_outputs.ipynb #be9bf31f
 def strip(text: str, width: int, height: int = 14) -> UInt8[np.ndarray, 'height width 3']:
     "A line of text, black on white, cut where it would be too wide."
     image = Image.new('RGB', (width, height), 'white')
@@ -267,10 +267,11 @@ def grid(rows: list[tuple[str, dict[str, UInt8[np.ndarray, 't h w 3']]]]) -> UIn
     "Clips of one shape side by side: rows of (title, {label: clip}). A row without a title has none above it."
     columns, (t, h, w, _) = max(len(clips) for _, clips in rows), next(iter(rows[0][1].values())).shape
     still = lambda text, width: np.broadcast_to(strip(text, width), (t, 14, width, 3))
-    white, bars = np.full((t, h + 14, w, 3), 255, np.uint8), []
+    white, bars = np.full((t, 14 + h, w, 3), 255, np.uint8), []
     for title, clips in rows:
-        tiles = [np.concatenate([still(label, w), clip], 1) for label, clip in clips.items()]
-        bars += [still(title, columns*w)]*bool(title) + [np.concatenate(tiles + [white]*(columns - len(tiles)), 2)]
+        tiles = [np.concatenate([still(label, w), clip], 1) for label, clip in clips.items()] + [white]*(columns - len(clips))
+        bar = np.concatenate([np.pad(tile, ((0, 0), (0, 2), (0, 2), (0, 0)), constant_values=255) for tile in tiles], 2)
+        bars += [still(title, bar.shape[2])]*bool(title) + [bar]
     return np.concatenate(bars, 1)
 
 # %% ../nbs/12b_outputs.ipynb #4b0ec481
@@ -352,7 +353,7 @@ class Parts:
         "Remove the folder."
         shutil.rmtree(self.folder, ignore_errors=True)
 
-# %% ../nbs/12b_outputs.ipynb #5ce9df9b
+# %% ../nbs/12b_outputs.ipynb #e9f388a9
 class Job:
     """Orders, and the producer that fulfils them: `run()` yields every file's path as soon as the file is there.
 
@@ -392,7 +393,7 @@ class Job:
         try:
             for order in self.todo:
                 if order.grid: yield from self.gather(order, self.batch)
-            with tqdm(total=len(self.missing)*self.producer.ticks(), desc=f'clip {done + 1} of {total}', unit='step', disable=not (progress and self.missing)) as bar:
+            with tqdm(total=len(self.missing)*self.producer.ticks(), desc=f'clip {done + 1} of {total}', unit=' steps', disable=not (progress and self.missing)) as bar:
                 for wish, frames, batch in in_batches(self.missing, self.producer, self.batch, bar):
                     for order in self.use[wish]:
                         if not order.grid: yield from self.write(order, [frames], batch)

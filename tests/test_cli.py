@@ -129,11 +129,11 @@ def test_a_grid_for_each_caption_or_of_all(model, folder, capsys):
     words = ['sample', *captions, '--model', str(model), '--steps', '1', '--seeds', '0-2', '--grid', '--scale', '4']
     assert main([*words, '--out', 'made', '--format', 'webp', 'png']) == main([*words, '--out', 'all.webp']) == 0
     assert sorted(path.name for path in Path('made').iterdir()) == [f'{name}-seeds0-2{end}' for name in ('a-cat', 'a-dog') for end in ('.png', '.webp')]
-    assert read_clip('made/a-cat-seeds0-2.webp').frames.shape == (4, 14 + 2*(14 + 36), 2*64, 3)
+    assert read_clip('made/a-cat-seeds0-2.webp').frames.shape == (4, 14 + 2*(14 + 36 + 2), 2*(64 + 2), 3)
     whole = read_clip('all.webp').frames
-    assert whole.shape == (4, 2*(14 + 14 + 36), 3*64, 3)
+    assert whole.shape == (4, 2*(14 + 14 + 36 + 2), 3*(64 + 2), 3)
     exact = to_frames(library_sample(SnapVideo.from_pretrained(model), ['a dog'], [1], steps=1))[0].repeat(4, 1).repeat(4, 2)
-    assert np.array_equal(whole[:, -36:, 64:128], exact)
+    assert np.array_equal(whole[:, -38:-2, 66:130], exact)
     assert read_metadata('all.webp')['recipe']['captions'] == captions
 
 
@@ -164,6 +164,13 @@ def test_again_makes_the_same_frames_and_says_when_it_cannot(model, folder, caps
     told = capsys.readouterr().err
     assert 'copy has other contents now' in told and read_metadata('one.webp')['recipe']['weights'] in told
     assert not np.array_equal(read_clip('one.webp').frames, read_clip('three.webp').frames)
+
+
+@pytest.mark.parametrize('recipe, says', [(dict(steps='many'), '--steps'), (dict(steps=0), '--steps'), (dict(spice=3), 'spice'), (dict(out='elsewhere', force=True), 'force, out'), (dict(interval=[1]), '--interval'), (dict(caption=''), 'caption is empty'),
+                                          (dict(help=True), 'help'), (dict(seed=-1), 'seeds'), (dict(scale='x'), '--scale')], ids=str)
+def test_a_file_that_says_nonsense(recipe, says, folder, capsys):
+    write_file('x.gif', np.zeros((2, 9, 16, 3), np.uint8), 8., dict(recipe=dict(caption='--help', seed=0) | recipe, made=dict(model='nowhere')))
+    refused(capsys, folder, 'sample', '--again', 'x.gif', says=[says])
 
 
 def test_a_grid_made_again(model, folder):
@@ -475,7 +482,7 @@ def place(tmp_path):
 
 
 def test_interrupted_before_anything_is_done(model, place):
-    code, told = interrupt(sample(model, '--steps', 100000), place, lambda folder: 'step/s' in (folder.parent/'said').read_text())
+    code, told = interrupt(sample(model, '--steps', 100000), place, lambda folder: 'steps/s' in (folder.parent/'said').read_text())
     assert code == 130 and told.endswith('snapvideo: interrupted: 0 of 1 clips are done, and the same command goes on\n') and 'Traceback' not in told
     assert list(place.iterdir()) == []
 
