@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['PAPER', 'RECIPES', 'TIME', 'SIGNAL', 'Subject', 'Schedule', 'Task', 'Average', 'Housekeeping', 'TrainConfig',
            'recipe', 'learning_rate', 'local', 'Lamb', 'make_optimizer', 'moments', 'ema_decay', 'step_seed', 'chances',
-           'TrainingClips', 'quiet', 'previous_latents', 'autocast', 'products', 'training_loss', 'base_config',
-           'open_clips', 'first_captions', 'start_model', 'loss_by_noise', 'Progress', 'read_config', 'Run',
-           'save_samples', 'Alone', 'Trainer', 'gradient', 'take_step', 'keep_refused', 'Books', 'loop', 'try_samples',
-           'loader_watched', 'train', 'conclude', 'averaged_model', 'tuning_recipe']
+           'low_res_chances', 'TrainingClips', 'quiet', 'previous_latents', 'autocast', 'products', 'training_loss',
+           'base_config', 'open_clips', 'first_captions', 'start_model', 'loss_by_noise', 'Progress', 'read_config',
+           'Run', 'questions', 'save_samples', 'Alone', 'Trainer', 'gradient', 'take_step', 'keep_refused', 'Books',
+           'loop', 'try_samples', 'loader_watched', 'train', 'conclude', 'averaged_model', 'tuning_recipe']
 
-# %% ../nbs/09_training.ipynb #38ab452a
+# %% ../nbs/09_training.ipynb #16d45720
 import copy, json, math, signal, statistics, time, warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -31,15 +31,17 @@ from .runs import Checkpoints, Lines, Log, StopRequest, Stopped, load_tensors, o
 from .sampling import sample
 from .streams import open_stream
 from .text import train_tokenizer
+from .upsampling import begin_with, low_res_task
 from .video import Batch, Clip, collate, contact_sheet, save_image, to_frames
 
-# %% ../nbs/09_training.ipynb #95d12efa
+# %% ../nbs/09_training.ipynb #3820d978
 @dataclass(frozen=True)
 class Subject:
     "What is trained on what: the first group of `TrainConfig`'s fields."
     run: str = 'runs/mini'  # Folder of the run: log, samples, checkpoints, and at the end the model.
     preset: str = 'mini'  # Which model to begin (see `snapvideo presets`).
     init_from: str | None = None  # A trained model to fine-tune instead: a folder, a shipped model, or a Hub id.
+    first_stage: str | None = None  # A trained first stage, with whose weights an upsampler begins.
     data: str = 'emoji'  # What to train on: emoji, film, shapes, a folder of captioned clips or images, or a Hub data set.
     data_options: dict = field(default_factory=dict)  # Options of the data set, for emoji e.g. the number of subjects.
     seed: int = 0  # Decides the initial weights, the order of clips, noise levels, noise and dropout.
@@ -58,7 +60,7 @@ class Schedule:
     weight_decay: float = .01  # Decoupled weight decay (the paper's).
     clip_norm: float = 1.  # Largest norm of the gradient.
 
-# %% ../nbs/09_training.ipynb #565ec24d
+# %% ../nbs/09_training.ipynb #2fe2f443
 @dataclass(frozen=True)
 class Task:
     "What is asked of the network about a clip: the third group of `TrainConfig`'s fields."
@@ -67,6 +69,7 @@ class Task:
     weight: str = 'paper'  # Weight of the loss over sigma: 'paper' (w of Table 1) or 'unit' (1).
     label_dropout: float = .1  # Share of clips whose caption is dropped.
     self_conditioning: float = .9  # Share of clips that get latents of an extra evaluation.
+    max_level: float = .5  # An upsampler's small clips get noise of a level drawn evenly from 0 to this.
 
 # %% ../nbs/09_training.ipynb #30d6c593
 @dataclass(frozen=True)
@@ -95,7 +98,7 @@ class Housekeeping:
     patience: int = 10  # Stop after so many steps in a row that were not taken.
     max_seconds: float | None = None  # Stop early after so many seconds of training; the same command continues.
 
-# %% ../nbs/09_training.ipynb #447b8500
+# %% ../nbs/09_training.ipynb #df730a47
 @dataclass(frozen=True)
 class TrainConfig(Housekeeping, Average, Task, Schedule, Subject):
     """A training run. The same configuration run again continues where the run stopped. ValueError for values that cannot work."""
@@ -104,7 +107,7 @@ class TrainConfig(Housekeeping, Average, Task, Schedule, Subject):
             for name in names:
                 if wrong(getattr(self, name)): raise ValueError(f'{name} must be {rule}, not {getattr(self, name)}')
         refuse(('steps', 'batch', 'accumulate', 'log_every', 'checkpoint_every', 'keep', 'patience'), lambda n: n < 1, 'at least 1')
-        refuse(('seed', 'warmup', 'workers', 'shards', 'sample_every'), lambda n: n < 0, 'at least 0')
+        refuse(('seed', 'warmup', 'workers', 'shards', 'sample_every', 'max_level'), lambda n: n < 0, 'at least 0')
         refuse(('lr', 'P_std', 'clip_norm', 'ema_halflife', 'ema_ramp', 'spike'), lambda x: not x > 0, 'positive')
         refuse(('label_dropout', 'self_conditioning', 'final_lr'), lambda x: not 0 <= x <= 1, 'from 0 to 1')
         for name, known in (('weight', ('paper', 'unit')), ('precision', ('bf16', 'tf32', 'fp32')), ('optimizer', ('adamw', 'lamb'))):
@@ -193,6 +196,13 @@ def chances(config: TrainConfig, numbers, shape) -> tuple[Tensor, Tensor, Tensor
         rows.append((NoiseDistribution(config.P_mean, config.P_std).sample(1, chance)[0], torch.randn(shape, generator=chance), drop, keep))
     return tuple(map(torch.stack, zip(*rows)))
 
+# %% ../nbs/09_training.ipynb #2aa402c1
+def low_res_chances(config: TrainConfig, numbers, sizes: ModelConfig) -> tuple[Tensor, Tensor]:
+    "For the clips of these numbers: the level of the noise on their small versions [b], evenly from 0 to `max_level`, and the noise [b, 3, t, h, w]."
+    generators = [torch.Generator().manual_seed(step_seed(config.seed, number, stream=2**32 - 1)) for number in numbers]
+    level, noise = zip(*((torch.rand((), generator=g), torch.randn(3, sizes.network.frames, *sizes.low_res, generator=g)) for g in generators))
+    return config.max_level*torch.stack(level), torch.stack(noise)
+
 # %% ../nbs/09_training.ipynb #bb9049fb
 class TrainingClips(Dataset):
     """Clip i of an endless, reproducible sequence over a dataset, a function of (seed, i) alone: sets without a length in their own order,
@@ -253,14 +263,16 @@ def products(precision: str):
     finally:
         for switch, value in zip(switches, was): switch.allow_tf32 = value
 
-# %% ../nbs/09_training.ipynb #c7fdb035
+# %% ../nbs/09_training.ipynb #d6d6fc43
 def training_loss(model: SnapVideo, batch: Batch, config: TrainConfig, step: int, rows: range | None = None) -> tuple[Float[Tensor, 'b'], Float[Tensor, 'b']]:
     "The loss of each clip of a step's batch (or of some `rows` of it), and its noise level: [b], [b]. All chance comes from (seed, number of the clip), dropout inside the network from (seed, step, first row)."
     rows = range(len(batch)) if rows is None else rows
     torch.manual_seed(step_seed(config.seed, step, stream=3 + rows.start))
-    sigma, noise, drop, keep = (t.to(config.device) for t in chances(config, [step*config.batch + row for row in rows], batch.video.shape[1:]))
+    numbers = [step*config.batch + row for row in rows]
+    sigma, noise, drop, keep = (t.to(config.device) for t in chances(config, numbers, batch.video.shape[1:]))
     batch = batch.to(config.device)
-    with autocast(config): conditions = model.conditions(batch.captions, batch.fps, batch.size).drop_text(drop)
+    told = low_res_task(model.config, batch.video, *(t.to(config.device) for t in low_res_chances(config, numbers, model.config))) if model.config.low_res else {}
+    with autocast(config): conditions = model.conditions(batch.captions, batch.fps, batch.size, **told).drop_text(drop)
     latents = None
     if config.self_conditioning:
         with autocast(config): latents = previous_latents(model, model.framework.diffuse(batch.video, noise, sigma), sigma, conditions, keep)
@@ -273,7 +285,7 @@ def base_config(config: TrainConfig) -> ModelConfig:
     if config.init_from: return ModelConfig.from_dict(json.loads((weights_folder(config.init_from)/'config.json').read_text('utf-8')))
     return PRESETS[recipe(config.preset).preset]
 
-# %% ../nbs/09_training.ipynb #08fff2e9
+# %% ../nbs/09_training.ipynb #c40ea2fc
 def open_clips(config: TrainConfig):
     "The data set that a configuration names, in the shape that its model wants; with the data option `streaming` a stream of shards. Errors as in `open_data` and `open_stream`."
     sizes, options = base_config(config).network, dict(config.data_options)
@@ -286,9 +298,14 @@ def first_captions(clips, count: int = 4000) -> list[str]:
     return [caption for caption in (found(count) if callable(found) else found) if caption]
 
 def start_model(config: TrainConfig, clips) -> SnapVideo:
-    "The model that a run begins with: a preset with a tokenizer of its own made from the data's captions, or a trained model to fine-tune."
+    "The model that a run begins with: a preset with a tokenizer of its own made from the data's captions, a trained model to fine-tune, or an upsampler with its first stage's weights."
     torch.manual_seed(step_seed(config.seed, 0, stream=1))
     if config.init_from: return SnapVideo.from_pretrained(config.init_from)
+    if config.first_stage:
+        first = SnapVideo.from_pretrained(config.first_stage)
+        model = SnapVideo.from_preset(config.preset, tokenizer_json=first.text.tokenizer_json)
+        begin_with(model, first)
+        return model
     text = base_config(config).text
     if text['kind'] != 'small': return SnapVideo.from_preset(config.preset)
     return SnapVideo.from_preset(config.preset, tokenizer_json=train_tokenizer(first_captions(clips), text['vocab_size']).to_json())
@@ -362,10 +379,17 @@ class Run:
         write_text(self.folder/'config.json', json.dumps(asdict(self.config), indent=1))
         for lines in (self.log, self.skipped): lines.cut(step)
 
-# %% ../nbs/09_training.ipynb #54f96e9e
-def save_samples(run: Run, model: SnapVideo, prompts: list[str], step: int, steps: int = 24, guidance: float = 1.) -> Path:
-    "A contact sheet of samples at fixed seeds (0, 1, ...) from the averaged model, under the run's samples/; its path."
-    video = sample(model, prompts, steps=steps, guidance=guidance)
+# %% ../nbs/09_training.ipynb #0b5c08c7
+def questions(clips, sizes: ModelConfig, prompts: list[str] | None = None, count: int = 8) -> dict:
+    "What sample sheets show, as `sample` takes it: `prompts` or the first captions of the data; for an upsampler its first clips, small and unspoilt (nothing, if they cannot be had by number)."
+    if not sizes.low_res: return dict(prompts=(prompts or first_captions(clips, count))[:count])
+    if not hasattr(clips, '__getitem__'): return dict(prompts=[])
+    batch = collate([clips[i] for i in range(min(count, len(clips) if hasattr(clips, '__len__') else count))])
+    return dict(prompts=batch.captions) | low_res_task(sizes, batch.video, torch.zeros(len(batch)), torch.zeros(len(batch), 3, sizes.network.frames, *sizes.low_res))
+
+def save_samples(run: Run, model: SnapVideo, asked: dict, step: int, steps: int = 24, guidance: float = 1.) -> Path:
+    "A contact sheet of samples of what is `asked`, at fixed seeds (0, 1, ...), from the averaged model, under the run's samples/; its path."
+    video = sample(model, **asked, steps=steps, guidance=guidance)
     return save_image(run.folder/'samples'/f'step-{step:08d}.png', contact_sheet(list(to_frames(video))), force=True)
 
 # %% ../nbs/09_training.ipynb #c58c2b67
@@ -494,10 +518,10 @@ class Books:
                              by_noise=loss_by_noise(losses, sigmas), grad_norm=round(norm, 4), lr=learning_rate(config, progress.step - 1), refused=progress.refused)
         progress.losses, progress.sigmas = [], []
 
-# %% ../nbs/09_training.ipynb #50e67013
+# %% ../nbs/09_training.ipynb #572f9600
 TIME, SIGNAL = 1., 2.  # What a process may say with a step: my time is over; I was asked to stop.
 
-def loop(trainer: Trainer, run: Run, portions, prompts: list[str], watch: Callable | None, stop: StopRequest) -> float:
+def loop(trainer: Trainer, run: Run, portions, asked: dict, watch: Callable | None, stop: StopRequest) -> float:
     "Steps until all are done, or a process wants to stop, or too many were refused: the largest word of the last step."
     config, progress, books, word = trainer.config, trainer.progress, Books(run, trainer), 0.
     began, position = time.time() - progress.seconds, progress.position
@@ -514,15 +538,15 @@ def loop(trainer: Trainer, run: Run, portions, prompts: list[str], watch: Callab
         last = word > 0 or progress.step == config.steps or progress.in_a_row >= config.patience
         if last or due(config.log_every) or due(config.checkpoint_every): books.write(norm, line=due(config.log_every) or progress.step == config.steps)
         if last or due(config.checkpoint_every): trainer.save(run, position)
-        if config.sample_every and (last or due(config.sample_every)): try_samples(run, trainer, prompts)
+        if config.sample_every and (last or due(config.sample_every)): try_samples(run, trainer, asked)
         if last: break
     return word
 
-def try_samples(run: Run, trainer: Trainer, prompts: list[str]):
+def try_samples(run: Run, trainer: Trainer, asked: dict):
     "A sheet of samples by the leader; what goes wrong with it is said and does not stop the run."
     model = trainer.team.whole(trainer.average)
-    if not (trainer.team.leader and prompts): return
-    try: save_samples(run, model, prompts, trainer.progress.step)
+    if not (trainer.team.leader and asked['prompts']): return
+    try: save_samples(run, model, asked, trainer.progress.step)
     except Exception as error: warnings.warn(f'no samples after step {trainer.progress.step}: {error}', stacklevel=2)
 
 # %% ../nbs/09_training.ipynb #673b3986
@@ -537,7 +561,7 @@ def loader_watched():
         if 'DataLoader worker' not in str(error): raise
         raise ChildProcessError('a process that makes clips was killed (was memory short?); the same command continues from the last checkpoint') from None
 
-# %% ../nbs/09_training.ipynb #e541549c
+# %% ../nbs/09_training.ipynb #da719989
 def train(config: TrainConfig, clips=None, prompts: list[str] | None = None, watch: Callable | None = None, team: Alone | None = None) -> Path:
     """Train, or continue, a run; returns its folder, where model/ holds the averaged model (bf16) once all steps are done.
 
@@ -554,7 +578,7 @@ def train(config: TrainConfig, clips=None, prompts: list[str] | None = None, wat
         if team.leader: run.begin(trainer.progress.step)
         for context in (products(config.precision), plain_attention(not config.fused_attention), loader_watched(), stop := StopRequest()): stack.enter_context(context)
         portions = source.portions(team.rows(config.batch), range(trainer.progress.step, config.steps), config.batch, config.workers, trainer.progress.position or None)
-        try: word = loop(trainer, run, portions, prompts or first_captions(clips, 8)[:8], watch, stop)
+        try: word = loop(trainer, run, portions, questions(clips, trainer.model.config, prompts), watch, stop)
         finally: run.checkpoints.wait()
         conclude(run, trainer, word)
     return run.folder
