@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['FORMATS', 'Wish', 'parse_seeds', 'spell_seeds', 'read_captions', 'slug', 'Order', 'stems', 'plan', 'durations',
            'write_mp4', 'write_gif', 'write_webp', 'write_png', 'write_file', 'read_metadata', 'read_clip',
-           'short_digest', 'upsampler_folder', 'Producer', 'strip', 'grid', 'arranged', 'compose', 'describe', 'wanted',
-           'out_of_memory', 'in_batches', 'Parts', 'Job', 'processes', 'changed']
+           'FirstStage', 'SecondStage', 'upsampler_folder', 'short_digest', 'Producer', 'strip', 'grid', 'arranged',
+           'compose', 'describe', 'wanted', 'out_of_memory', 'in_batches', 'Parts', 'Job', 'processes', 'changed']
 
 # %% ../nbs/12b_outputs.ipynb #6af4a6e2
 import hashlib, io, json, math, mimetypes, os, re, shutil
@@ -107,7 +107,7 @@ def durations(frames: int, fps: float, unit: int = 1) -> list[int]:
     "How long each frame is shown, in milliseconds that are multiples of `unit`, so that no frame comes more than half a unit early or late."
     return (np.diff(np.floor(np.arange(frames + 1)*1000/fps/unit + .5)).astype(int)*unit).tolist()
 
-# %% ../nbs/12b_outputs.ipynb #87f74bff
+# %% ../nbs/12b_outputs.ipynb #7603c06b
 def write_mp4(file, frames: UInt8[np.ndarray, 't h w 3'], fps: float, text: str):
     "H.264, every pixel with its own colour (yuv444p, crf 12); the text is its comment."
     with av.open(str(file), 'w', format='mp4') as box:
@@ -117,12 +117,14 @@ def write_mp4(file, frames: UInt8[np.ndarray, 't h w 3'], fps: float, text: str)
         for frame in frames: box.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format='rgb24')))
         box.mux(stream.encode())
 
+# %% ../nbs/12b_outputs.ipynb #4ad41398
 def write_gif(file, frames: UInt8[np.ndarray, 't h w 3'], fps: float, text: str):
     "One palette of 256 colours for all frames, no dithering, endless loop; the text is its comment."
     palette = Image.fromarray(frames.reshape(-1, *frames.shape[2:])).quantize(256, Image.Quantize.MAXCOVERAGE, kmeans=8)
     first, *others = (Image.fromarray(frame).quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames)
     first.save(file, 'gif', save_all=True, append_images=others, duration=durations(len(frames), fps, 10), loop=0, comment=text.encode())
 
+# %% ../nbs/12b_outputs.ipynb #c237775c
 def write_webp(file, frames: UInt8[np.ndarray, 't h w 3'], fps: float, text: str):
     "Lossless, endless loop; the text is the EXIF field ImageDescription."
     first, *others = map(Image.fromarray, frames)
@@ -136,6 +138,7 @@ def write_png(file, picture: UInt8[np.ndarray, 'h w 3'], fps: float, text: str):
     info.add_text('Comment', text)
     Image.fromarray(picture).save(file, 'png', pnginfo=info)
 
+# %% ../nbs/12b_outputs.ipynb #0c534829
 def write_file(path: str | Path, content: UInt8[np.ndarray, '*t h w 3'], fps: float, about: dict, force: bool = False) -> Path:
     "Write a clip (.mp4, .gif, .webp) or a picture (.png), with what is to be known `about` it, whole or not at all. FileExistsError unless `force`."
     Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -143,7 +146,7 @@ def write_file(path: str | Path, content: UInt8[np.ndarray, '*t h w 3'], fps: fl
     with whole_file(path, force) as new: write(new, content, fps, json.dumps(about))
     return Path(path)
 
-# %% ../nbs/12b_outputs.ipynb #e3f06dd6
+# %% ../nbs/12b_outputs.ipynb #362257a8
 def read_metadata(path: str | Path) -> dict:
     "What `write_file` was told about a file. FileNotFoundError when there is none, ValueError when it holds nothing of the kind."
     path = Path(path)
@@ -158,6 +161,7 @@ def read_metadata(path: str | Path) -> dict:
     except (av.FFmpegError, OSError, ValueError, LookupError, TypeError, SyntaxError, RecursionError, Image.DecompressionBombError): raise ValueError(f'{path}: does not say how it was made') from None
     return about
 
+# %% ../nbs/12b_outputs.ipynb #ce14e91b
 def read_clip(path: str | Path) -> Clip:
     "A clip or picture of any kind that `read_video` knows, or an animated GIF or WebP. Errors as there."
     path = Path(path)
@@ -176,83 +180,87 @@ def read_clip(path: str | Path) -> Clip:
     ends, count = np.cumsum(shown), max(1, round(sum(shown)*fps/1000))
     return Clip(np.stack(frames)[np.searchsorted(ends, (np.arange(count) + .5)*1000/fps).clip(max=len(frames) - 1)], fps=fps, source=str(path))
 
-# %% ../nbs/12b_outputs.ipynb #23e3891c
-def short_digest(path: Path) -> str:
-    "The first 16 hexadecimal digits of a file's SHA-256."
-    return digest(path)[:16]
+# %% ../nbs/12b_outputs.ipynb #a96382c7
+class FirstStage:
+    """The videos of a model as `settings` say (those of `Producer`): from noise, as the continuation of a `clip` file, or from an `image` file.
 
+    `stage(captions, seeds, batch, tick) -> videos [b, 3, t, h, w]`; `tick(n)` hears of every step of a solver, with the number of clips that took it."""
+    def __init__(self, model: SnapVideo, settings: dict, clip: Path | None = None, image: Path | None = None):
+        s, self.model, self.extend = settings, model, animate if image else continue_clip if clip else None
+        self.given = fitted(model, [read_clip(image).frames[:1] if image else read_clip(clip)]) if self.extend else torch.empty(1, 3, 0, *model.shape[2:])
+        guidance = Guidance(s['guidance'], s.get('oscillate'), s.get('steady', 0), tuple(map(float, s.get('interval', (0, math.inf)))), s.get('threshold'))
+        given, length = self.given.shape[2], model.shape[1]
+        self.frames = s.get('frames') or (given + length - min(given, max(1, length//4)) if clip else length)
+        if self.frames <= given: raise ValueError(f'{image or clip}: a video of {self.frames} frames leaves nothing to make when {given} are given')
+        self.options = dict(frames=self.frames, rates=(s['fps'],), steps=s['steps'], guidance=guidance, negative=s.get('negative', ''), solver=s.get('solver', 'heun'))
+
+    def ticks(self) -> int:
+        "Steps for one video: so many for each window."
+        length, given = self.model.shape[1], self.given.shape[2]
+        return self.options['steps']*len(windows([i < given for i in range(self.frames)], length, max(1, length//4)))
+
+    def __call__(self, captions, seeds, batch, tick) -> Float[Tensor, 'b 3 t h w']:
+        options = self.options | dict(seeds=seeds, micro_batch=batch, callback=lambda *_: tick(len(captions)))
+        if not self.extend: return long_video(self.model, captions, **options)
+        return self.extend(self.model, captions, self.given.expand(len(captions), -1, -1, -1, -1), **options)
+
+# %% ../nbs/12b_outputs.ipynb #e2562ece
+class SecondStage:
+    "An upsampler at work: `stage(videos, captions, seeds, batch, tick) -> videos [b, 3, t, H, W]`, in `steps` steps, with noise of `level` (None: the upsampler's own) on the small clips."
+    def __init__(self, model: SnapVideo, steps: int = 16, level: float | None = None, fps: float = 24.):
+        self.model, self.steps, self.level, self.fps = model, steps, model.config.level if level is None else level, fps
+
+    def ticks(self, frames: int) -> int:
+        "Steps for a video of so many frames."
+        return self.steps*math.ceil(frames/self.model.shape[1])
+
+    def __call__(self, videos, captions, seeds, batch, tick) -> Float[Tensor, 'b 3 t H W']:
+        def window(part, captions, seeds):
+            low_res = low_res_input(self.model.config, part, self.level, seeded_noise(seeds, part.shape[1:], 1).float())
+            return sample(self.model, captions, seeds, self.steps, fps=self.fps, low_res=low_res, level=self.level, micro_batch=batch, callback=lambda *_: tick(len(captions))).cpu()
+        return upsample_windows(window, videos, captions, [segment_seed(seed, 1) for seed in seeds], self.model.shape[1])
+
+# %% ../nbs/12b_outputs.ipynb #436be012
 def upsampler_folder(folder: Path, up: str = 'auto') -> Path | None:
     "Where the upsampler lies: the named one; with 'auto' NAME-up beside a model's folder NAME, or None when there is nothing; with 'none' None."
     beside = folder.with_name(f'{folder.name}-up')
     if up == 'auto': return beside if (beside/'config.json').exists() else None
     return None if up == 'none' else weights_folder(up)
 
+def short_digest(path: Path) -> str:
+    "The first 16 hexadecimal digits of a file's SHA-256."
+    return digest(path)[:16]
+
+# %% ../nbs/12b_outputs.ipynb #84a5d59a
 class Producer:
     """What makes videos exactly as a recipe says: `producer(captions, seeds, batch, tick) -> videos [b, 3, t, h, w]`.
 
     `settings`: steps, guidance, and if wanted oscillate, steady, interval, threshold, negative, solver, fps, frames (of the whole video), up_steps, level. `model`: a name, folder or Hub id; `up`: the
-    same of an upsampler, 'auto' (the one beside the model, if there is one) or 'none'. `clip`, `image`: a file to continue, or to set in motion. `recipe` is all that decides the pixels,
-    `made` how it is done here. Errors as in `SnapVideo.from_pretrained`, `Guidance` and `read_clip`."""
+    same of an upsampler, 'auto' or 'none'. `clip`, `image`: a file to continue, or to set in motion. `recipe` is all that decides the pixels, `made` how it is done here.
+    Errors as in `SnapVideo.from_pretrained`, `Guidance` and `read_clip`; ValueError for models that do not fit together."""
     def __init__(self, settings: dict, model: str = 'mini', up: str = 'none', clip: Path | None = None, image: Path | None = None, device='cpu'):
-        folder = weights_folder(model)
-        self.model = SnapVideo.from_pretrained(folder, device)
+        folder, file = weights_folder(model), image or clip
+        above = upsampler_folder(folder, up)
+        self.model, self.second = SnapVideo.from_pretrained(folder, device), None
         if self.model.config.low_res: raise ValueError(f'{model} is an upsampler: it enlarges what another model makes')
-        settings = {name: value for name, value in settings.items() if value is not None} | dict(fps=float(settings.get('fps') or self.model.config.fps))
-        self.guidance = Guidance(settings['guidance'], settings.get('oscillate'), settings.get('steady', 0), tuple(map(float, settings.get('interval', (0, math.inf)))), settings.get('threshold'))
-        self.recipe = settings | dict(weights=short_digest(folder/'model.safetensors'))
-        self.made = dict(snapvideo=__version__, torch=torch.__version__, device=torch.device(device).type, model=str(model))
-        self.use_up(up, upsampler_folder(folder, up), device)
-        self.file, self.extend = (image, animate) if image else (clip, continue_clip)
-        if self.file:
-            given = read_clip(self.file)
-            self.given = fitted(self.model, [given.frames[:1] if image else given])
-            self.recipe['image' if image else 'clip'], self.made['given'] = short_digest(self.file), str(self.file)
-            if self.frames()[1] <= len(self.given[0, 0]): raise ValueError(f'{self.file}: a video of {self.frames()[1]} frames leaves nothing to make when {len(self.given[0, 0])} are given')
-
-    def use_up(self, name: str, folder: Path | None, device):
-        "Load the upsampler, and note what it decides; without one its settings do not count."
-        self.up, self.made['up'] = folder and SnapVideo.from_pretrained(folder, device), str(name) if folder else 'none'
-        if folder and self.up.config.low_res != self.model.shape[2:]: raise ValueError(f'{name} does not enlarge clips of {self.model.shape[2]} x {self.model.shape[3]} pixels')
+        self.fps = float(settings.get('fps') or self.model.config.fps)
+        self.recipe = {name: value for name, value in settings.items() if value is not None} | dict(fps=self.fps, weights=short_digest(folder/'model.safetensors'))
         steps, level = self.recipe.pop('up_steps', 16), self.recipe.pop('level', None)
-        if folder: self.recipe |= dict(up_steps=steps, level=self.up.config.level if level is None else level, up_weights=short_digest(folder/'model.safetensors'))
-
-    @property
-    def fps(self) -> float:
-        "The frame rate of the videos."
-        return self.recipe['fps']
-
-    def frames(self) -> tuple[int, int]:
-        "How many frames are given, and how many there are in the end."
-        length, given = self.model.shape[1], self.given.shape[2] if self.file else 0
-        more = length - min(given, max(1, length//4)) if self.extend is continue_clip and given else length - given
-        return given, self.recipe.get('frames', given + more)
+        self.made = dict(snapvideo=__version__, torch=torch.__version__, device=torch.device(device).type, model=str(model), up=str(up) if above else 'none')
+        self.first = FirstStage(self.model, self.recipe, clip, image)
+        if file: self.recipe['image' if image else 'clip'], self.made['given'] = short_digest(file), str(file)
+        if not above: return
+        self.second = SecondStage(SnapVideo.from_pretrained(above, device), steps, level, self.fps)
+        if self.second.model.config.low_res != self.model.shape[2:]: raise ValueError(f'{up} does not enlarge clips of {self.model.shape[2]} x {self.model.shape[3]} pixels')
+        self.recipe |= dict(up_steps=steps, level=self.second.level, up_weights=short_digest(above/'model.safetensors'))
 
     def ticks(self) -> int:
         "Steps of the solvers for one video."
-        given, frames = self.frames()
-        length = self.model.shape[1]
-        plan = windows([i < given for i in range(frames)], length, max(1, length//4))
-        return self.recipe['steps']*len(plan) + (self.recipe['up_steps']*math.ceil(frames/self.up.shape[1]) if self.up else 0)
-
-    def base(self, captions, seeds, batch, tick) -> Float[Tensor, 'b 3 t h w']:
-        "The videos of the first stage."
-        r, n = self.recipe, len(captions)
-        options = dict(frames=self.frames()[1], rates=(self.fps,), steps=r['steps'], guidance=self.guidance, negative=r.get('negative', ''), solver=r.get('solver', 'heun'),
-                       micro_batch=batch, callback=lambda *_: tick(n))
-        if not self.file: return long_video(self.model, captions, seeds, **options)
-        return self.extend(self.model, captions, self.given.expand(n, -1, -1, -1, -1), seeds, **options)
-
-    def enlarged(self, videos, captions, seeds, batch, tick) -> Float[Tensor, 'b 3 t H W']:
-        "The videos of the second stage, window by window; its noise is the first one's neither in the small clip nor in the large."
-        up, r, n = self.up, self.recipe, len(captions)
-        def window(part, captions, seeds):
-            low_res = low_res_input(up.config, part, r['level'], seeded_noise(seeds, part.shape[1:], 1).float())
-            return sample(up, captions, seeds, r['up_steps'], fps=self.fps, low_res=low_res, level=r['level'], micro_batch=batch, callback=lambda *_: tick(n)).cpu()
-        return upsample_windows(window, videos, captions, [segment_seed(seed, 1) for seed in seeds], up.shape[1])
+        return self.first.ticks() + (self.second.ticks(self.first.frames) if self.second else 0)
 
     def __call__(self, captions, seeds, batch=1, tick=lambda n: None) -> Float[Tensor, 'b 3 t h w']:
-        videos = self.base(list(captions), list(seeds), batch, tick)
-        return self.enlarged(videos, list(captions), list(seeds), batch, tick) if self.up else videos
+        videos = self.first(list(captions), list(seeds), batch, tick)
+        return self.second(videos, list(captions), list(seeds), batch, tick) if self.second else videos
 
 # %% ../nbs/12b_outputs.ipynb #be9bf31f
 def strip(text: str, width: int, height: int = 14) -> UInt8[np.ndarray, 'height width 3']:
