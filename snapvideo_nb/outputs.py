@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['FORMATS', 'Wish', 'parse_seeds', 'spell_seeds', 'read_captions', 'slug', 'Order', 'stems', 'plan', 'durations',
            'write_mp4', 'write_gif', 'write_webp', 'write_png', 'write_file', 'read_metadata', 'read_clip',
-           'FirstStage', 'SecondStage', 'upsampler_folder', 'short_digest', 'Producer', 'strip', 'grid', 'arranged',
-           'compose', 'describe', 'wanted', 'out_of_memory', 'in_batches', 'Parts', 'Job', 'processes', 'changed']
+           'FirstStage', 'SecondStage', 'short_digest', 'Producer', 'strip', 'grid', 'arranged', 'compose', 'describe',
+           'wanted', 'out_of_memory', 'in_batches', 'Parts', 'Job', 'processes', 'changed']
 
-# %% ../nbs/12b_outputs.ipynb #6af4a6e2
+# %% ../nbs/12b_outputs.ipynb #46a70553
 import hashlib, io, json, math, mimetypes, os, re, shutil
 from collections.abc import Iterator
 from fractions import Fraction
@@ -21,12 +21,11 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 from tqdm.auto import tqdm
 from . import __version__
-from .extend import animate, continue_clip, fitted, long_video, segment_seed, upsample_windows, windows
+from .cascade import upsample, upsampler_folder
+from .extend import animate, continue_clip, fitted, long_video, upsample_windows, windows
 from .guidance import Guidance
 from .model import SnapVideo, weights_folder
 from .runs import digest
-from .sampling import sample, seeded_noise
-from .upsampling import low_res_input
 from .video import Clip, contact_sheet, read_video, to_frames, whole_file
 
 # %% ../nbs/12b_outputs.ipynb #1aa3a480
@@ -204,7 +203,7 @@ class FirstStage:
         if not self.extend: return long_video(self.model, captions, **options)
         return self.extend(self.model, captions, self.given.expand(len(captions), -1, -1, -1, -1), **options)
 
-# %% ../nbs/12b_outputs.ipynb #e2562ece
+# %% ../nbs/12b_outputs.ipynb #f18836d0
 class SecondStage:
     "An upsampler at work: `stage(videos, captions, seeds, batch, tick) -> videos [b, 3, t, H, W]`, in `steps` steps, with noise of `level` (None: the upsampler's own) on the small clips."
     def __init__(self, model: SnapVideo, steps: int = 16, level: float | None = None, fps: float = 24.):
@@ -216,17 +215,10 @@ class SecondStage:
 
     def __call__(self, videos, captions, seeds, batch, tick) -> Float[Tensor, 'b 3 t H W']:
         def window(part, captions, seeds):
-            low_res = low_res_input(self.model.config, part, self.level, seeded_noise(seeds, part.shape[1:], 1).float())
-            return sample(self.model, captions, seeds, self.steps, fps=self.fps, low_res=low_res, level=self.level, micro_batch=batch, callback=lambda *_: tick(len(captions))).cpu()
-        return upsample_windows(window, videos, captions, [segment_seed(seed, 1) for seed in seeds], self.model.shape[1])
+            return upsample(self.model, captions, part, seeds, self.steps, self.level, fps=self.fps, micro_batch=batch, callback=lambda *_: tick(len(captions))).cpu()
+        return upsample_windows(window, videos, captions, seeds, self.model.shape[1])
 
-# %% ../nbs/12b_outputs.ipynb #436be012
-def upsampler_folder(folder: Path, up: str = 'auto') -> Path | None:
-    "Where the upsampler lies: the named one; with 'auto' NAME-up beside a model's folder NAME, or None when there is nothing; with 'none' None."
-    beside = folder.with_name(f'{folder.name}-up')
-    if up == 'auto': return beside if (beside/'config.json').exists() else None
-    return None if up == 'none' else weights_folder(up)
-
+# %% ../nbs/12b_outputs.ipynb #2aba71e4
 def short_digest(path: Path) -> str:
     "The first 16 hexadecimal digits of a file's SHA-256."
     return digest(path)[:16]
