@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['FORMATS', 'Wish', 'parse_seeds', 'spell_seeds', 'read_captions', 'slug', 'Order', 'stems', 'plan', 'durations',
            'write_mp4', 'write_gif', 'write_webp', 'write_png', 'write_file', 'read_metadata', 'read_clip',
-           'FirstStage', 'SecondStage', 'short_digest', 'Producer', 'strip', 'grid', 'arranged', 'compose', 'describe',
-           'wanted', 'out_of_memory', 'in_batches', 'Parts', 'Job', 'processes', 'changed']
+           'FirstStage', 'SecondStage', 'short_digest', 'model_digest', 'Producer', 'strip', 'grid', 'arranged',
+           'compose', 'describe', 'wanted', 'out_of_memory', 'in_batches', 'Parts', 'Agenda', 'Job', 'processes',
+           'changed']
 
-# %% ../nbs/12b_outputs.ipynb #46a70553
+# %% ../nbs/12b_outputs.ipynb #f72a301f
 import hashlib, io, json, math, mimetypes, os, re, shutil
 from collections.abc import Iterator
 from fractions import Fraction
@@ -25,7 +26,6 @@ from .cascade import upsample, upsampler_folder
 from .extend import animate, continue_clip, fitted, long_video, upsample_windows, windows
 from .guidance import Guidance
 from .model import SnapVideo, weights_folder
-from .runs import digest
 from .video import Clip, contact_sheet, read_video, to_frames, whole_file
 
 # %% ../nbs/12b_outputs.ipynb #1aa3a480
@@ -70,7 +70,7 @@ def slug(caption: str, length: int = 60) -> str:
     while len(words) > 1 and len('-'.join(words)) > length: words.pop()
     return '-'.join(words)[:length] or 'video'
 
-# %% ../nbs/12b_outputs.ipynb #35a0acb9
+# %% ../nbs/12b_outputs.ipynb #40a14c26
 FORMATS = '.mp4', '.gif', '.webp', '.png'
 
 class Order(NamedTuple):
@@ -91,15 +91,18 @@ def plan(captions: list[str], seeds: list[int], out: str | Path, formats: list[s
     wish, or a `grid` for every caption, in each of the `formats` (mp4, gif, webp, png; default mp4). ValueError for what does not fit together."""
     out, endings = Path(out), [f'.{name.lower().lstrip(".")}' for name in formats]
     every = [Wish(caption, seed) for caption in captions for seed in seeds]
-    if wrong := [name for name, ending in zip(formats, endings) if ending not in FORMATS]: raise ValueError(f'no format {wrong[0]!r}; there are: {" ".join(f[1:] for f in FORMATS)}')
+    if wrong := [name for name, ending in zip(formats, endings) if ending not in FORMATS]:
+        raise ValueError(f'no format {wrong[0]!r}; there are: {" ".join(f[1:] for f in FORMATS)}')
     if out.suffix.lower() in FORMATS and not out.is_dir():
         if endings: raise ValueError(f'{out} is a file, whose ending says the format: formats are named for a folder')
         if len(every) > 1 and not grid: raise ValueError(f'{out} is one file, and there are {len(every)} videos: name a folder, or ask for a grid')
         return [Order(tuple(every), (out,), grid)]
-    if not out.is_dir() and (mimetypes.guess_type(out.name)[0] or '').startswith(('video/', 'image/')): raise ValueError(f'{out}: files end in {", ".join(FORMATS)}, and a folder has no such name')
+    if not out.is_dir() and (mimetypes.guess_type(out.name)[0] or '').startswith(('video/', 'image/')):
+        raise ValueError(f'{out}: files end in {", ".join(FORMATS)}, and a folder has no such name')
     files = lambda name: tuple(out/f'{name}{ending}' for ending in dict.fromkeys(endings or ['.mp4']))
-    if grid: return [Order(tuple(Wish(caption, seed) for seed in seeds), files(f'{stem}-seeds{spell_seeds(seeds)[:60]}'), True) for caption, stem in stems(captions).items()]
-    return [Order((Wish(caption, seed),), files(f'{stem}-seed{seed}')) for caption, stem in stems(captions).items() for seed in seeds]
+    names = stems(captions).items()
+    if grid: return [Order(tuple(Wish(caption, seed) for seed in seeds), files(f'{stem}-seeds{spell_seeds(seeds)[:60]}'), True) for caption, stem in names]
+    return [Order((Wish(caption, seed),), files(f'{stem}-seed{seed}')) for caption, stem in names for seed in seeds]
 
 # %% ../nbs/12b_outputs.ipynb #4e9b2734
 def durations(frames: int, fps: float, unit: int = 1) -> list[int]:
@@ -179,56 +182,71 @@ def read_clip(path: str | Path) -> Clip:
     ends, count = np.cumsum(shown), max(1, round(sum(shown)*fps/1000))
     return Clip(np.stack(frames)[np.searchsorted(ends, (np.arange(count) + .5)*1000/fps).clip(max=len(frames) - 1)], fps=fps, source=str(path))
 
-# %% ../nbs/12b_outputs.ipynb #a96382c7
+# %% ../nbs/12b_outputs.ipynb #0fe16eb4
 class FirstStage:
     """The videos of a model as `settings` say (those of `Producer`): from noise, as the continuation of a `clip` file, or from an `image` file.
 
-    `stage(captions, seeds, batch, tick) -> videos [b, 3, t, h, w]`; `tick(n)` hears of every step of a solver, with the number of clips that took it."""
+    `stage(captions, seeds, batch, tick) -> videos [b, 3, t, h, w]`; `tick(n)` hears of every step of a solver, with the number of clips that took it.
+    `chosen` is what the settings leave to it: frames, overlap, weight. ValueError for an overlap that does not fit a window, or no frame to make."""
     def __init__(self, model: SnapVideo, settings: dict, clip: Path | None = None, image: Path | None = None):
         s, self.model, self.extend = settings, model, animate if image else continue_clip if clip else None
         self.given = fitted(model, [read_clip(image).frames[:1] if image else read_clip(clip)]) if self.extend else torch.empty(1, 3, 0, *model.shape[2:])
-        guidance = Guidance(s['guidance'], s.get('oscillate'), s.get('steady', 0), tuple(map(float, s.get('interval', (0, math.inf)))), s.get('threshold'))
         given, length = self.given.shape[2], model.shape[1]
-        self.frames = s.get('frames') or (given + length - min(given, max(1, length//4)) if clip else length)
+        self.overlap = max(1, length//4) if s.get('overlap') is None else s['overlap']
+        self.frames = s.get('frames') or (given + length - min(given, self.overlap) if clip else length)
         if self.frames <= given: raise ValueError(f'{image or clip}: a video of {self.frames} frames leaves nothing to make when {given} are given')
-        self.options = dict(frames=self.frames, rates=(s['fps'],), steps=s['steps'], guidance=guidance, negative=s.get('negative', ''), solver=s.get('solver', 'heun'))
+        self.plan = windows([i < given for i in range(self.frames)], length, self.overlap)
+        self.chosen = dict(frames=self.frames, overlap=self.overlap, weight=s.get('weight', 8. if image else 4.))
+        guidance = Guidance(s['guidance'], s.get('oscillate'), s.get('steady', 0), tuple(map(float, s.get('interval', (0, math.inf)))), s.get('threshold'))
+        self.options = self.chosen | dict(rates=(s['fps'],), steps=s['steps'], guidance=guidance, negative=s.get('negative', ''), solver=s.get('solver', 'heun'))
 
     def ticks(self) -> int:
         "Steps for one video: so many for each window."
-        length, given = self.model.shape[1], self.given.shape[2]
-        return self.options['steps']*len(windows([i < given for i in range(self.frames)], length, max(1, length//4)))
+        return self.options['steps']*len(self.plan)
 
     def __call__(self, captions, seeds, batch, tick) -> Float[Tensor, 'b 3 t h w']:
         options = self.options | dict(seeds=seeds, micro_batch=batch, callback=lambda *_: tick(len(captions)))
         if not self.extend: return long_video(self.model, captions, **options)
         return self.extend(self.model, captions, self.given.expand(len(captions), -1, -1, -1, -1), **options)
 
-# %% ../nbs/12b_outputs.ipynb #f18836d0
+# %% ../nbs/12b_outputs.ipynb #2442fe62
 class SecondStage:
-    "An upsampler at work: `stage(videos, captions, seeds, batch, tick) -> videos [b, 3, t, H, W]`, in `steps` steps, with noise of `level` (None: the upsampler's own) on the small clips."
+    """An upsampler at work: `stage(videos, captions, seeds, batch, tick) -> videos [b, 3, t, H, W]`, in `steps` steps, with noise of `level` (None: the upsampler's own)
+    on the small clips; of a longer video windows that share a quarter."""
     def __init__(self, model: SnapVideo, steps: int = 16, level: float | None = None, fps: float = 24.):
         self.model, self.steps, self.level, self.fps = model, steps, model.config.level if level is None else level, fps
+        self.length, self.overlap = model.shape[1], model.shape[1]//4
 
     def ticks(self, frames: int) -> int:
         "Steps for a video of so many frames."
-        return self.steps*math.ceil(frames/self.model.shape[1])
+        return self.steps*(1 + math.ceil(max(0, frames - self.length)/(self.length - self.overlap)))
 
     def __call__(self, videos, captions, seeds, batch, tick) -> Float[Tensor, 'b 3 t H W']:
         def window(part, captions, seeds):
-            return upsample(self.model, captions, part, seeds, self.steps, self.level, fps=self.fps, micro_batch=batch, callback=lambda *_: tick(len(captions))).cpu()
-        return upsample_windows(window, videos, captions, seeds, self.model.shape[1])
+            told = dict(fps=self.fps, micro_batch=batch, callback=lambda *_: tick(len(captions)))
+            return upsample(self.model, captions, part, seeds, self.steps, self.level, **told).cpu()
+        return upsample_windows(window, videos, captions, seeds, self.length, self.overlap)
 
-# %% ../nbs/12b_outputs.ipynb #2aba71e4
-def short_digest(path: Path) -> str:
-    "The first 16 hexadecimal digits of a file's SHA-256."
-    return digest(path)[:16]
+# %% ../nbs/12b_outputs.ipynb #49378d05
+def short_digest(*paths: Path) -> str:
+    "The first 16 hexadecimal digits of the SHA-256 of files, one after the other."
+    found = hashlib.sha256()
+    for path in paths:
+        with open(path, 'rb') as file:
+            while block := file.read(2**20): found.update(block)
+    return found.hexdigest()[:16]
 
-# %% ../nbs/12b_outputs.ipynb #84a5d59a
+def model_digest(folder: Path) -> str:
+    "`short_digest` of what decides a model's clips: config.json, model.safetensors and, if it is there, tokenizer.json."
+    return short_digest(*(path for name in ('config.json', 'model.safetensors', 'tokenizer.json') if (path := folder/name).exists()))
+
+# %% ../nbs/12b_outputs.ipynb #b33eacfd
 class Producer:
     """What makes videos exactly as a recipe says: `producer(captions, seeds, batch, tick) -> videos [b, 3, t, h, w]`.
 
-    `settings`: steps, guidance, and if wanted oscillate, steady, interval, threshold, negative, solver, fps, frames (of the whole video), up_steps, level. `model`: a name, folder or Hub id; `up`: the
-    same of an upsampler, 'auto' or 'none'. `clip`, `image`: a file to continue, or to set in motion. `recipe` is all that decides the pixels, `made` how it is done here.
+    `settings`: steps, guidance, and if wanted oscillate, steady, interval, threshold, negative, solver, fps, frames (of the whole video), overlap and weight (as in
+    `long_video`), up_steps, level. `model`: a name, folder or Hub id; `up`: the same of an upsampler, 'auto' or 'none'. `clip`, `image`: a file to continue, or to set
+    in motion. `recipe` is what decides the pixels, defaults included, `made` how it is done here.
     Errors as in `SnapVideo.from_pretrained`, `Guidance` and `read_clip`; ValueError for models that do not fit together."""
     def __init__(self, settings: dict, model: str = 'mini', up: str = 'none', clip: Path | None = None, image: Path | None = None, device='cpu'):
         folder, file = weights_folder(model), image or clip
@@ -236,15 +254,18 @@ class Producer:
         self.model, self.second = SnapVideo.from_pretrained(folder, device), None
         if self.model.config.low_res: raise ValueError(f'{model} is an upsampler: it enlarges what another model makes')
         self.fps = float(settings.get('fps') or self.model.config.fps)
-        self.recipe = {name: value for name, value in settings.items() if value is not None} | dict(fps=self.fps, weights=short_digest(folder/'model.safetensors'))
+        self.recipe = dict(solver='heun') | {name: value for name, value in settings.items() if value is not None} | dict(fps=self.fps, weights=model_digest(folder))
         steps, level = self.recipe.pop('up_steps', 16), self.recipe.pop('level', None)
-        self.made = dict(snapvideo=__version__, torch=torch.__version__, device=torch.device(device).type, model=str(model), up=str(up) if above else 'none')
+        above_name = str(Path(model).with_name(above.name)) if above and up == 'auto' else str(up)
+        self.made = dict(snapvideo=__version__, torch=torch.__version__, device=torch.device(device).type, model=str(model), up=above_name if above else 'none')
         self.first = FirstStage(self.model, self.recipe, clip, image)
+        self.recipe |= self.first.chosen | ({'steady': self.recipe.get('steady', 0)} if 'oscillate' in self.recipe else {})
         if file: self.recipe['image' if image else 'clip'], self.made['given'] = short_digest(file), str(file)
         if not above: return
         self.second = SecondStage(SnapVideo.from_pretrained(above, device), steps, level, self.fps)
-        if self.second.model.config.low_res != self.model.shape[2:]: raise ValueError(f'{up} does not enlarge clips of {self.model.shape[2]} x {self.model.shape[3]} pixels')
-        self.recipe |= dict(up_steps=steps, level=self.second.level, up_weights=short_digest(above/'model.safetensors'))
+        if self.second.model.config.low_res != self.model.shape[2:]:
+            raise ValueError(f'{self.made["up"]} does not enlarge clips of {self.model.shape[2]} x {self.model.shape[3]} pixels')
+        self.recipe |= dict(up_steps=steps, level=self.second.level, up_weights=model_digest(above))
 
     def ticks(self) -> int:
         "Steps of the solvers for one video."
@@ -353,19 +374,19 @@ class Parts:
         "Remove the folder."
         shutil.rmtree(self.folder, ignore_errors=True)
 
-# %% ../nbs/12b_outputs.ipynb #e9f388a9
-class Job:
-    """Orders, and the producer that fulfils them: `run()` yields every file's path as soon as the file is there.
+# %% ../nbs/12b_outputs.ipynb #7e2d469b
+class Agenda:
+    """What of some orders is still to be made, and by whom: `there`, files that are finished; `todo`, orders with the files that are not; `missing`, wishes to sample.
 
-    A file that is there with the same recipe is finished; FileExistsError, before anything is made, for one with another recipe (unless `force`, which makes all anew).
-    `share` = (i, n): of n processes this is number i, and wish k is its own if k % n == i; of the files that were there it yields those that begin with one of its own. `batch` as in `in_batches`, `scale` as in `compose`."""
-    def __init__(self, orders: list[Order], producer: Producer, scale: int = 0, batch: int = 1, force: bool = False, share: tuple[int, int] = (0, 1)):
-        self.producer, self.scale, self.batch, self.force = producer, scale, batch, force
+    A file that is there with the same recipe is finished; FileExistsError for one with another recipe (unless `force`, which makes all anew).
+    `share` = (i, n): of n processes this is number i, and wish k is its own if k % n == i; `there` are those files that begin with one of its own."""
+    def __init__(self, orders: list[Order], producer: Producer, scale: int = 0, force: bool = False, share: tuple[int, int] = (0, 1)):
+        self.producer, self.scale, self.force = producer, scale, force
         finished = {path for order in orders for path in order.files if not self.wanted(order, path)}
         self.own = list(dict.fromkeys(wish for order in orders for wish in order.wishes))[share[0]::share[1]]
-        mine = set(self.own)
+        mine, left = set(self.own), lambda order: tuple(path for path in order.files if path not in finished)
         self.there = [path for order in orders for path in order.files if path in finished and order.wishes[0] in mine]
-        self.todo = [order._replace(files=files) for order in orders if (files := tuple(path for path in order.files if path not in finished))]
+        self.todo = [order._replace(files=files) for order in orders if (files := left(order))]
         self.use = {}
         for order in self.todo:
             parts = Parts(order, producer)
@@ -375,10 +396,18 @@ class Job:
 
     def wanted(self, order: Order, path: Path) -> bool: return wanted(path, describe(order, self.producer, self.scale)['recipe'], self.force)
 
+# %% ../nbs/12b_outputs.ipynb #aa41ead5
+class Job(Agenda):
+    "An `Agenda` and its fulfilment: `run()` yields every file's path as soon as the file is there. `batch` as in `in_batches`, `scale` as in `compose`."
+    def __init__(self, orders: list[Order], producer: Producer, scale: int = 0, batch: int = 1, force: bool = False, share: tuple[int, int] = (0, 1)):
+        super().__init__(orders, producer, scale, force, share)
+        self.batch = batch
+
     def write(self, order: Order, clips: list, batch: int) -> Iterator[Path]:
         "Every file of an order."
+        about = describe(order, self.producer, self.scale, batch)
         for path in order.files:
-            yield write_file(path, compose(order, clips, path.suffix.lower(), self.scale), self.producer.fps, describe(order, self.producer, self.scale, batch), self.force or order.grid)
+            yield write_file(path, compose(order, clips, path.suffix.lower(), self.scale), self.producer.fps, about, self.force or order.grid)
 
     def gather(self, order: Order, batch: int) -> Iterator[Path]:
         "Every file of a grid, if all its clips are there: the last process to add one comes by here."
@@ -390,10 +419,11 @@ class Job:
         "Make what is missing. KeyboardInterrupt says how far it came."
         yield from self.there
         done, total = len(self.own) - len(self.missing), len(self.own)
+        steps, quiet = len(self.missing)*self.producer.ticks(), not (progress and self.missing)
         try:
             for order in self.todo:
                 if order.grid: yield from self.gather(order, self.batch)
-            with tqdm(total=len(self.missing)*self.producer.ticks(), desc=f'clip {done + 1} of {total}', unit=' steps', disable=not (progress and self.missing)) as bar:
+            with tqdm(total=steps, desc=f'clip {done + 1} of {total}', unit=' steps', disable=quiet) as bar:
                 for wish, frames, batch in in_batches(self.missing, self.producer, self.batch, bar):
                     for order in self.use[wish]:
                         if not order.grid: yield from self.write(order, [frames], batch)
@@ -409,12 +439,14 @@ def processes() -> tuple[int, int]:
     "(number of this process, number of all) as a launcher says it (RANK, WORLD_SIZE); (0, 1) without one."
     return int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
 
-# %% ../nbs/12b_outputs.ipynb #ac7b334a
+# %% ../nbs/12b_outputs.ipynb #e1d0a6a3
 def changed(told: dict, now: dict) -> list[str]:
     "Why a file that is made `now` may differ from one that `told` how it was made (both as in `describe`): a line for each reason, none when it will not."
     was, has, lines = told['recipe'], now['recipe'], []
-    for name, what in dict(weights=now['made'].get('model'), up_weights=now['made'].get('up'), clip=now['made'].get('given'), image=now['made'].get('given')).items():
-        if name in was and was[name] != has.get(name): lines.append(f'{what} has other contents now (sha256 {has.get(name)}, then {was[name]}): other frames')
+    for name, role in dict(weights='model', up_weights='up', clip='given', image='given').items():
+        if name not in was or was[name] == has.get(name): continue
+        gone = f'made with {dict(up_weights="an upsampler", clip="a given clip", image="a given picture").get(name, "a model")} that is not here now'
+        lines.append((f'{now["made"].get(role)} has other contents now (sha256 {has[name]}, then {was[name]})' if name in has else gone) + ': other frames')
     for name in ('snapvideo', 'torch', 'device'):
         if told['made'].get(name) != now['made'].get(name): lines.append(f"made with {name} {told['made'].get(name)}, now {now['made'].get(name)}: the last bits may differ")
     return lines

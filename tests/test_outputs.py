@@ -6,8 +6,9 @@ from pathlib import Path
 import numpy as np, pytest, torch
 from PIL import Image
 
+from snapvideo_nb.extend import long_video
 from snapvideo_nb.model import SnapVideo
-from snapvideo_nb.outputs import FORMATS, FirstStage, Job, Order, Parts, Producer, Wish, changed, compose, describe, durations, grid, in_batches, parse_seeds, plan, processes, read_clip, read_metadata, spell_seeds, strip, wanted, write_file
+from snapvideo_nb.outputs import FORMATS, FirstStage, Job, Order, Parts, Producer, Wish, changed, compose, describe, durations, grid, in_batches, model_digest, parse_seeds, plan, processes, read_clip, read_metadata, spell_seeds, strip, wanted, write_file
 from snapvideo_nb.sampling import sample
 from snapvideo_nb.text import train_tokenizer
 
@@ -163,7 +164,7 @@ def test_the_bar_is_told_the_right_number_of_steps(model, tmp_path, clip):
 
 def test_the_upsampler_gets_the_recipe(model):
     up = Producer(SETTINGS | dict(up_steps=3), model, up='auto')
-    assert up.recipe['level'] == .1 and up.recipe['up_steps'] == 3 and up.made['up'] == 'auto'
+    assert up.recipe['level'] == .1 and up.recipe['up_steps'] == 3 and up.made['up'] == f'{model}-up'
     assert 'up_steps' not in Producer(SETTINGS | dict(up_steps=3), model, up='none').recipe
     two = counted(up, ['a cat', 'a dog'], [3, 4])[0]
     assert two.shape[2:] == (4, 18, 32) and torch.equal(counted(up, ['a dog'], [4])[0], two[1:])
@@ -193,6 +194,43 @@ def test_a_change_of_the_weights_changes_the_recipe(model, tmp_path):
     other.save_pretrained(tmp_path/'model', force=True)
     lines = changed(describe(order, before), describe(order, Producer(SETTINGS, tmp_path/'model')))
     assert len(lines) == 1 and 'model has other contents now' in lines[0]
+
+
+@pytest.mark.parametrize('name', ['config.json', 'model.safetensors', 'tokenizer.json'])
+def test_every_file_of_a_model_counts(model, tmp_path, name):
+    shutil.copytree(model, tmp_path/'model')
+    before = model_digest(tmp_path/'model')
+    assert before == model_digest(model) == Producer(SETTINGS, model).recipe['weights']
+    (tmp_path/'model'/name).write_bytes((tmp_path/'model'/name).read_bytes() + b' ')
+    assert model_digest(tmp_path/'model') != before
+
+
+def test_an_upsampler_that_is_gone_or_changed_is_named(model, tmp_path):
+    for folder in (model, model.with_name('tiny-up')): shutil.copytree(folder, tmp_path/folder.name)
+    told = lambda **more: describe(plan(['a cat'], [5], tmp_path)[0], Producer(SETTINGS, tmp_path/'tiny', **more))
+    before = told(up='auto')
+    assert changed(before, told(up=before['made']['up'])) == []
+    assert changed(before, told()) == ['made with an upsampler that is not here now: other frames']
+    other = SnapVideo.from_pretrained(tmp_path/'tiny-up')
+    with torch.no_grad(): next(other.network.parameters()).add_(1e-3)
+    other.save_pretrained(tmp_path/'tiny-up', force=True)
+    line, = changed(before, told(up='auto'))
+    assert line.startswith(f'{tmp_path}/tiny-up has other contents now')
+
+
+def test_defaults_are_spelt_out_in_the_recipe(model, tmp_path, clip):
+    write_file(tmp_path/'given.webp', clip, 8., {})
+    assert Producer(dict(steps=2, guidance=0.), model).recipe | dict(weights='') == dict(steps=2, guidance=0., solver='heun', fps=8., weights='', frames=4, overlap=1, weight=4.)
+    assert Producer(SETTINGS, model, image=tmp_path/'given.webp').recipe['weight'] == 8 and Producer(SETTINGS, model, clip=tmp_path/'given.webp').recipe['frames'] == 9
+    assert Producer(SETTINGS | dict(oscillate=1.), model).recipe['steady'] == 0
+
+
+def test_overlap_and_weight_reach_the_video(model):
+    for more in (dict(overlap=2), dict(overlap=0), dict(weight=1.)):
+        producer = Producer(SETTINGS | dict(frames=7) | more, model)
+        videos, steps = counted(producer)
+        assert steps == producer.ticks() and torch.equal(videos, long_video(SnapVideo.from_pretrained(model), ['a cat'], [3], 7, steps=2, **more))
+    with pytest.raises(ValueError, match='an overlap lies between 0 and 3'): Producer(SETTINGS | dict(overlap=4), model)
 
 
 # The job
