@@ -96,7 +96,7 @@ class Wishes:
         if '' in captions: raise ValueError('a caption is empty: say what to show')
         return tuple(dict.fromkeys(captions))
 
-# %% ../nbs/18_cli.ipynb #81100504
+# %% ../nbs/18_cli.ipynb #f4f97748
 @dataclass
 class Settings:
     "How videos are made: the options that decide their pixels, besides caption and seed."
@@ -105,7 +105,7 @@ class Settings:
     steps: int = 64
     "Noise levels from pure noise to the clip. The network is evaluated twice for each (once by euler and dpm++), and twice as often with guidance."
     solver: Annotated[str, arg(metavar='heun|euler|dpm++|churn')] = 'heun'
-    "How a step is taken: heun (second order, the paper's), euler (first order), dpm++ (second order at one evaluation a step), churn (heun with fresh noise)."
+    "How a step is taken: heun (second order, the paper's), euler (first order), dpm++ (second order, one evaluation), churn (heun with fresh noise)."
     guidance: float = 0.
     "Weight w of D_c + w (D_c - D_u): 0 is unguided, more follows the caption more strictly at the price of variety."
     oscillate: Annotated[float | None, arg(metavar='WEIGHT')] = None
@@ -133,11 +133,12 @@ class Settings:
     def recipe(self) -> dict:
         "These settings as a dictionary for `Producer`, in values that JSON knows."
         swing = {} if self.oscillate is None else dict(oscillate=self.oscillate, steady=self.steady)
-        interval = {} if self.interval == (0., float('inf')) else dict(interval=[value if value < float('inf') else 'inf' for value in self.interval])
+        spelt = [value if value < float('inf') else 'inf' for value in self.interval]
+        interval = {} if self.interval == (0., float('inf')) else dict(interval=spelt)
         given = {name: value for name in ('threshold', 'negative', 'fps') if (value := getattr(self, name))}
         return dict(steps=self.steps, solver=self.solver, guidance=self.guidance) | swing | interval | given
 
-# %% ../nbs/18_cli.ipynb #cf56bcde
+# %% ../nbs/18_cli.ipynb #78ad751f
 @dataclass
 class Stages:
     "Longer, larger, or from something that is there: the options of the chapters on extension and upsampling."
@@ -147,21 +148,25 @@ class Stages:
     "Begin with the frames of this file, at the rate of --fps, and go on."
     image: Annotated[Path | None, arg(metavar='PICTURE.PNG')] = None
     "Begin with this picture."
+    overlap: Annotated[int | None, arg(metavar='FRAMES')] = None
+    "Frames that a window of a longer video is told of the one before; a quarter of a window, unless given."
+    weight: Annotated[float | None, arg(metavar='WEIGHT')] = None
+    "How hard new frames are pulled towards agreement with given ones (reconstruction guidance); 4, or 8 with --image, unless given; 0 is none."
     up: Annotated[str, arg(metavar='auto|none|NAME|FOLDER')] = 'auto'
     "The upsampler: the one that lies beside the model as NAME-up if there is one, none, or another."
     up_steps: int = 16
     "Steps of the upsampler (heun)."
     level: Annotated[float | None, arg(metavar='LEVEL')] = None
-    "Standard deviation of the noise that is added to the small clip for the upsampler (pixels go from -1 to 1); the upsampler's own best, unless given."
+    "Standard deviation of the noise added to the small clip for the upsampler (pixels go from -1 to 1); the upsampler's own best, unless given."
 
     def more(self) -> dict:
         "What this adds to a recipe, after ValueError or FileNotFoundError for what cannot work."
         at_least(1, **{'up-steps': self.up_steps})
-        at_least(0, frames=self.frames, level=self.level or 0)
+        at_least(0, frames=self.frames, overlap=self.overlap or 0, weight=self.weight or 0, level=self.level or 0)
         if self.continue_ and self.image: raise ValueError('a video begins with --continue or with --image, not with both')
         for file in filter(None, (self.continue_, self.image)):
             if not file.is_file(): raise FileNotFoundError(f'{file}: no such file')
-        given = dict(frames=self.frames or None, level=self.level)
+        given = dict(frames=self.frames or None, overlap=self.overlap, weight=self.weight, level=self.level)
         return dict(up_steps=self.up_steps) | {name: value for name, value in given.items() if value is not None}
 
 # %% ../nbs/18_cli.ipynb #13e8964a
@@ -173,7 +178,7 @@ class Output:
     force: bool = False
     "Make everything anew, and overwrite files of the same names."
 
-# %% ../nbs/18_cli.ipynb #2d179285
+# %% ../nbs/18_cli.ipynb #bffdf2a8
 @dataclass
 class Sample(Output, Stages, Settings, Wishes):
     """Turn captions into videos.
@@ -182,9 +187,9 @@ class Sample(Output, Stages, Settings, Wishes):
     on caption, seed and settings alone, not on what else is made with it. All of this is written into the file, and
     --again makes it from there. Stopped with Ctrl-C, the same command goes on: what is there is not made twice."""
     out: Annotated[Path, arg(metavar='FOLDER|FILE')] = Path('outputs')
-    "Folder for the files, made when it is missing; or a file for one video or a grid, whose ending .mp4, .gif, .webp or .png decides."
+    "Folder for the files, made when it is missing; or a file for one video or a grid, whose ending (.mp4, .gif, .webp, .png) decides."
     format: Annotated[tuple[str, ...], arg(metavar='mp4|gif|webp|png ...')] = ()
-    "What to write into a folder, mp4 unless given: mp4 (H.264, 4:4:4), gif (256 colours), webp (lossless), png (a contact sheet). Several make several files."
+    "What to write into a folder: mp4 (the default; H.264, 4:4:4), gif (256 colours), webp (lossless), png (a contact sheet). Several make several files."
     grid: bool = False
     "All videos of a caption side by side in one file (or, if --out is a file, those of all captions), with labels."
     scale: int = 0
@@ -197,7 +202,8 @@ class Sample(Output, Stages, Settings, Wishes):
     "Make the video of this file again, from what is written in it; other options change what they name."
 
     def orders(self) -> list:
-        "What will be written, after everything that can be known without the model: ValueError or OSError for captions, numbers or files that cannot work."
+        """What will be written, after everything that can be known without the model: ValueError or OSError for captions, numbers or
+        files that cannot work."""
         captions = self.every()
         at_least(0, scale=self.scale, batch=self.batch)
         self.guide()

@@ -240,7 +240,7 @@ def model_digest(folder: Path) -> str:
     "`short_digest` of what decides a model's clips: config.json, model.safetensors and, if it is there, tokenizer.json."
     return short_digest(*(path for name in ('config.json', 'model.safetensors', 'tokenizer.json') if (path := folder/name).exists()))
 
-# %% ../nbs/12b_outputs.ipynb #b33eacfd
+# %% ../nbs/12b_outputs.ipynb #df7df986
 class Producer:
     """What makes videos exactly as a recipe says: `producer(captions, seeds, batch, tick) -> videos [b, 3, t, h, w]`.
 
@@ -261,11 +261,12 @@ class Producer:
         self.first = FirstStage(self.model, self.recipe, clip, image)
         self.recipe |= self.first.chosen | ({'steady': self.recipe.get('steady', 0)} if 'oscillate' in self.recipe else {})
         if file: self.recipe['image' if image else 'clip'], self.made['given'] = short_digest(file), str(file)
-        if not above: return
-        self.second = SecondStage(SnapVideo.from_pretrained(above, device), steps, level, self.fps)
-        if self.second.model.config.low_res != self.model.shape[2:]:
-            raise ValueError(f'{self.made["up"]} does not enlarge clips of {self.model.shape[2]} x {self.model.shape[3]} pixels')
-        self.recipe |= dict(up_steps=steps, level=self.second.level, up_weights=model_digest(above))
+        if above:
+            self.second = SecondStage(SnapVideo.from_pretrained(above, device), steps, level, self.fps)
+            if self.second.model.config.low_res != self.model.shape[2:]:
+                raise ValueError(f'{self.made["up"]} does not enlarge clips of {self.model.shape[2]} x {self.model.shape[3]} pixels')
+            self.recipe |= dict(up_steps=steps, level=self.second.level, up_weights=model_digest(above))
+        self.recipe = dict(sorted(self.recipe.items()))
 
     def ticks(self) -> int:
         "Steps of the solvers for one video."

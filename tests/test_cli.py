@@ -10,6 +10,7 @@ import numpy as np, pytest, torch
 
 from snapvideo_nb import __version__
 from snapvideo_nb.cli import main
+from snapvideo_nb.extend import long_video
 from snapvideo_nb.guidance import Guidance
 from snapvideo_nb.model import SnapVideo
 from snapvideo_nb.outputs import FORMATS, read_clip, read_metadata, write_file
@@ -112,14 +113,14 @@ def test_formats_and_endings(model, folder, capsys):
 
 
 def test_every_setting_reaches_the_video_and_the_file(model, folder):
-    words = '--guidance 3 --oscillate 1 --steady 1 --interval 0.01 50 --threshold 0.9 --solver churn --fps 12 --scale 1 --batch 2'.split()
+    words = '--guidance 3 --oscillate 1 --steady 1 --interval 0.01 50 --threshold 0.9 --solver churn --fps 12 --frames 7 --overlap 2 --weight 1 --scale 1 --batch 2'.split()
     assert main(sample(model, *words, '--negative', 'a blue fish', '--out', 'one.webp')) == 0
     told = read_metadata('one.webp')
-    expected = dict(caption=CAPTION, seed=0, steps=2, solver='churn', guidance=3., oscillate=1., steady=1, interval=[.01, 50.], threshold=.9, negative='a blue fish', fps=12.,
-                    weights=hashlib.sha256((model/'model.safetensors').read_bytes()).hexdigest()[:16], scale=1)
+    expected = dict(caption=CAPTION, seed=0, steps=2, solver='churn', guidance=3., oscillate=1., steady=1, interval=[.01, 50.], threshold=.9, negative='a blue fish', fps=12., frames=7, overlap=2, weight=1.,
+                    weights=hashlib.sha256(b''.join((model/name).read_bytes() for name in ('config.json', 'model.safetensors', 'tokenizer.json'))).hexdigest()[:16], scale=1)
     assert told['recipe'] == expected and told['made'] == dict(snapvideo=__version__, torch=torch.__version__, device='cpu', model=str(model), up='none', batch=2)
     guidance = Guidance(3., 1., 1, (.01, 50.), .9)
-    direct = library_sample(SnapVideo.from_pretrained(model), [CAPTION], [0], steps=2, guidance=guidance, negative='a blue fish', solver='churn', fps=12., micro_batch=2)
+    direct = long_video(SnapVideo.from_pretrained(model), [CAPTION], [0], 7, rates=(12.,), overlap=2, weight=1., steps=2, guidance=guidance, negative='a blue fish', solver='churn', micro_batch=2)
     clip = read_clip('one.webp')
     assert np.array_equal(clip.frames, to_frames(direct)[0]) and clip.fps == 12
 
@@ -276,6 +277,11 @@ def test_data_show_writes_a_sheet_and_prints_captions(folder, capsys):
     (['sample', 'a cat', '--fps', '-8'], ['--fps']),
     (['sample', 'a cat', '--frames', '-1'], ['--frames']),
     (['sample', 'a cat', '--level', '-1'], ['--level']),
+    (['sample', 'a cat', '--weight', '-1'], ['--weight']),
+    (['sample', 'a cat', '--weight', 'inf'], ['--weight']),
+    (['sample', 'a cat', '--overlap', '-1'], ['--overlap']),
+    (['sample', 'a cat', '--overlap', '1.5'], ['--overlap']),
+    (['sample', 'a cat', '--overlap', '16'], ['overlap', '15 frames', '16']),
     (['sample', 'a cat', '--up-steps', '0'], ['--up-steps']),
     (['sample', 'a cat', '--up', 'nowhere'], ['nowhere']),
     (['sample', 'a cat', '--continue', 'nowhere.mp4'], ['nowhere.mp4', 'no such file']),
