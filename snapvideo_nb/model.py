@@ -6,7 +6,7 @@
 __all__ = ['NETWORKS', 'PRESETS', 'ModelConfig', 'weights_folder', 'whole_folder', 'write_model_files', 'read_model_files',
            'Kept', 'encode', 'SnapVideo']
 
-# %% ../nbs/07_model.ipynb #3b9a9846
+# %% ../nbs/07_model.ipynb #53aaeae4
 import json, os, shutil, uuid
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -19,7 +19,7 @@ from huggingface_hub import ModelHubMixin, snapshot_download
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from .blocks import Conditions
-from .diffusion import ScaledEDM, input_scale
+from .diffusion import ScaledEDM, columns, input_scale
 from .fit import FIT, FITConfig
 from .text import build_text_encoder
 from .unet import UNet, UNetConfig
@@ -27,13 +27,14 @@ from .unet import UNet, UNetConfig
 # %% ../nbs/07_model.ipynb #ae7d63f0
 NETWORKS = {'fit': (FIT, FITConfig), 'unet': (UNet, UNetConfig)}
 
-# %% ../nbs/07_model.ipynb #ac732270
+# %% ../nbs/07_model.ipynb #89de6bd4
 @dataclass(frozen=True)
 class ModelConfig:
     """Everything that a model is, besides its weights: the network's kind and sizes, the text encoder, the framework's two constants.
 
     `sigma_in=None` takes the rule s*sqrt(T). `fps` and `size` (original height and width) are what sampling assumes when it is not told. An upsampler enlarges clips of
-    `low_res` (height, width), and samples best with noise of `level` on them. ValueError when the network's `low_res` says otherwise."""
+    `low_res` (height, width), and samples best with noise of `level` on them; with a `remainder` (0 in the paper) it draws only what the enlarged small clip lacks, whose
+    root mean square this is. ValueError when the network's `low_res` says otherwise."""
     network: object = field(default_factory=FITConfig)
     text: dict = field(default_factory=lambda: dict(kind='hf', name='google-t5/t5-11b', length=128, width=1024))
     sigma_data: float = 1.
@@ -42,6 +43,7 @@ class ModelConfig:
     size: tuple[int, int] | None = None
     low_res: tuple[int, int] | None = None
     level: float = 0.
+    remainder: float = 0.
 
     def __post_init__(self):
         if self.network.low_res != bool(self.low_res): raise ValueError('an upsampler, and nothing else, has the size of the clips that it enlarges (low_res)')
@@ -55,6 +57,10 @@ class ModelConfig:
     def framework(self) -> ScaledEDM:
         "The diffusion framework of this model's clips."
         return ScaledEDM(self.sigma_data, self.sigma_in or input_scale(self.network.frames, self.network.width))
+
+    def spread(self, level):
+        "Deviation of what the network draws, in units of `sigma_data`: 1, or that of the remainder when the small clip carries noise of `level` (bilinear enlarging leaves about two fifths of its variance)."
+        return (self.remainder**2 + .4*level**2)**.5 if self.remainder else 1.
 
     def to_dict(self) -> dict:
         "A JSON-able dictionary; `from_dict` reads it."
@@ -81,7 +87,7 @@ def study_fit(patch_width, latents, latent_width, blocks):
 def study_unet(base, head):
     return ModelConfig(UNetConfig(frames=8, height=18, width=32, base=base, multipliers=(1, 2, 2), res_blocks=1, attention=(16, 8), head=head, condition_width=96, text_width=128, groups=8, dropout=0.), own_text, fps=8.)
 
-# %% ../nbs/07_model.ipynb #1c02d0b6
+# %% ../nbs/07_model.ipynb #7cd9fe42
 PRESETS = {
     'tiny': ModelConfig(FITConfig(frames=4, height=9, width=16, patch=(1, 3, 4), group=(4, 3, 2), blocks=1, global_layers=1, patch_width=32, latents=8, latent_width=32,
                                   patch_head=16, latent_head=16, condition_width=32, text_width=32, dropout=0.),
@@ -89,7 +95,7 @@ PRESETS = {
     'mini': ModelConfig(FITConfig(frames=16, height=18, width=32, patch=(1, 6, 4), group=(16, 3, 8), blocks=3, global_layers=1,
                                   patch_width=192, latents=128, latent_width=128, **short), own_text, fps=8.),
     'mini-up': ModelConfig(FITConfig(frames=16, height=36, width=64, patch=(1, 6, 8), group=(16, 3, 8), blocks=3, global_layers=1, patch_width=192,
-                                     latents=128, latent_width=128, low_res=True, finish=24, **short), own_text, fps=8., low_res=(18, 32)),
+                                     latents=128, latent_width=128, low_res=True, finish=24, **short), own_text, fps=8., low_res=(18, 32), remainder=.065),
     'small': ModelConfig(FITConfig(frames=16, height=36, width=64, patch=(1, 4, 4), group=(16, 9, 8), blocks=4, global_layers=2,
                                    patch_width=384, latents=256, latent_width=512, **short | dict(text_width=256, condition_width=384)),
                          own_text | dict(width=256), fps=8.),
@@ -187,7 +193,7 @@ def encode(encoder: nn.Module, captions: list[str], at_once: int = 64) -> tuple[
     tokens, masks = zip(*(encoder(captions[i:i + at_once]) for i in range(0, len(captions), at_once)))
     return torch.cat(tokens), torch.cat(masks)
 
-# %% ../nbs/07_model.ipynb #28d8f921
+# %% ../nbs/07_model.ipynb #4547490c
 class SnapVideo(nn.Module, Kept, library_name='snapvideo-nb', tags=['text-to-video']):
     """A text-to-video model: `model(noisy, sigma, conditions, latents=None) -> (denoised, latents)`, the one function that samplers see.
 
@@ -202,7 +208,16 @@ class SnapVideo(nn.Module, Kept, library_name='snapvideo-nb', tags=['text-to-vid
     def forward(self, noisy: Float[Tensor, 'b c t h w'], sigma, conditions: Conditions, latents=None):
         if noisy.shape[1:] != self.shape: raise ValueError(f'this model denoises clips of shape {self.shape}, not {tuple(noisy.shape[1:])}')
         if len(conditions) != len(noisy): raise ValueError(f'there are {len(noisy)} clips, but conditions for {len(conditions)}')
-        return self.framework.denoise(self.network, noisy, sigma, conditions, latents)
+        known, spread = self.known(conditions)
+        sigma = (columns(sigma, noisy)/spread).flatten()
+        denoised, latents = self.framework.denoise(self.network, (noisy - known/self.framework.sigma_in)/spread, sigma, conditions, latents)
+        return known + spread*denoised, latents
+
+    def known(self, conditions: Conditions):
+        "What is not left to the network, [b, 3, t, h, w], and the spread of what is, [b, 1, 1, 1, 1]: 0 and 1, but the enlarged small clip and `config.spread` for an upsampler with a remainder."
+        if not self.config.remainder: return 0., 1.
+        level = columns(conditions.low_res_level, conditions.low_res)
+        return conditions.low_res*(self.config.sigma_data**2 + level**2)**.5, self.config.spread(level)
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -214,7 +229,7 @@ class SnapVideo(nn.Module, Kept, library_name='snapvideo-nb', tags=['text-to-vid
 
     def conditions(self, captions: list[str], fps=None, size=None, low_res: Float[Tensor, 'b 3 t h w'] | None = None, level=None) -> Conditions:
         """Conditions for captions, at the model's own frame rate and original size unless told (`fps`: number or [b]; `size`: (h, w) or [b, 2]).
-        An upsampler needs `low_res` (at the output size, of unit variance) and the `level` of the noise on it (number or [b]).
+        An upsampler needs `low_res` (at the output size, of about unit size) and the `level` of the noise on it (number or [b]).
 
         ValueError when a frame rate or size is not positive (an image has fps = inf), or when an upsampler gets no clip, or another model one."""
         one_each = lambda value, *shape: torch.as_tensor(value, dtype=torch.float32, device=self.device).expand(len(captions), *shape)

@@ -113,10 +113,10 @@ class TrainConfig(Housekeeping, Average, Task, Schedule, Subject):
         for name, known in (('weight', ('paper', 'unit')), ('precision', ('bf16', 'tf32', 'fp32')), ('optimizer', ('adamw', 'lamb'))):
             if getattr(self, name) not in known: raise ValueError(f'{name} must be one of {", ".join(known)}, not {getattr(self, name)!r}')
 
-# %% ../nbs/09_training.ipynb #3febfbba
+# %% ../nbs/09_training.ipynb #305d2fc4
 PAPER = dict(steps=550_000, batch=4096, lr=5e-3, optimizer='lamb', warmup=10_000, checkpoint_every=1000)  # Table 9, FIT
 RECIPES = {'mini': dict(data_options=dict(subjects=16, images=.1), steps=10_000, warmup=200, P_mean=-.5, weight='unit', self_conditioning=.3, checkpoint_every=250, fused_attention=False),
-           'mini-up': dict(first_stage='mini', data_options=dict(subjects=16, images=.1), steps=4000, batch=8, lr=1e-3, warmup=100, weight='unit', self_conditioning=0., checkpoint_every=250, fused_attention=False),
+           'mini-up': dict(first_stage='mini', data_options=dict(subjects=16, images=.1), steps=4000, batch=8, lr=1e-3, warmup=100, P_mean=-1., P_std=1.5, weight='unit', self_conditioning=0., checkpoint_every=250, fused_attention=False),
            'fit-500m': PAPER, 'fit-3.9b': PAPER, 'fit-3.9b-up': PAPER | dict(steps=370_000, batch=320),
            'unet-85m': PAPER | dict(optimizer='adamw', lr=1e-4, betas=(.9, .999)), 'unet-284m': PAPER | dict(optimizer='adamw', lr=1e-4, betas=(.9, .999))}
 
@@ -239,14 +239,14 @@ def quiet(worker: int):
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
-# %% ../nbs/09_training.ipynb #0dce3909
+# %% ../nbs/09_training.ipynb #5fd6903d
 def previous_latents(model: SnapVideo, noisy, sigma, conditions, keep):
     """The latents of an extra evaluation of the same input without gradient, for the clips of `keep` [b]; zero (none) for the others. None for a network that takes none.
 
     At least one clip is evaluated, also where none is kept: of many processes all must come here, or those that do wait for the others for ever."""
     if not getattr(model.network, 'self_conditioned', False): return None
     some = keep if keep.any() else torch.arange(len(keep), device=keep.device) == 0
-    with torch.no_grad(): found = model(noisy[some], sigma[some], conditions[some])[1]
+    with torch.no_grad(): found = model.framework.denoise(model.network, noisy[some], sigma[some], conditions[some])[1]
     return found.new_zeros(len(keep), *found.shape[1:]).index_put_((some,), found)*keep.view(-1, *[1]*(found.ndim - 1))
 
 # %% ../nbs/09_training.ipynb #361a262b
@@ -264,7 +264,7 @@ def products(precision: str):
     finally:
         for switch, value in zip(switches, was): switch.allow_tf32 = value
 
-# %% ../nbs/09_training.ipynb #d6d6fc43
+# %% ../nbs/09_training.ipynb #dcc77755
 def training_loss(model: SnapVideo, batch: Batch, config: TrainConfig, step: int, rows: range | None = None) -> tuple[Float[Tensor, 'b'], Float[Tensor, 'b']]:
     "The loss of each clip of a step's batch (or of some `rows` of it), and its noise level: [b], [b]. All chance comes from (seed, number of the clip), dropout inside the network from (seed, step, first row)."
     rows = range(len(batch)) if rows is None else rows
@@ -274,11 +274,12 @@ def training_loss(model: SnapVideo, batch: Batch, config: TrainConfig, step: int
     batch = batch.to(config.device)
     told = low_res_task(model.config, batch.video, *(t.to(config.device) for t in low_res_chances(config, numbers, model.config))) if model.config.low_res else {}
     with autocast(config): conditions = model.conditions(batch.captions, batch.fps, batch.size, **told).drop_text(drop)
-    latents = None
+    known, spread = model.known(conditions)
+    video, latents = (batch.video - known)/spread, None
     if config.self_conditioning:
-        with autocast(config): latents = previous_latents(model, model.framework.diffuse(batch.video, noise, sigma), sigma, conditions, keep)
+        with autocast(config): latents = previous_latents(model, model.framework.diffuse(video, noise, sigma), sigma, conditions, keep)
     with autocast(config):
-        return diffusion_loss(model.framework, model.network, batch.video, noise, sigma, conditions, latents, config.weight)[0], sigma
+        return diffusion_loss(model.framework, model.network, video, noise, sigma, conditions, latents, config.weight)[0], sigma
 
 # %% ../nbs/09_training.ipynb #e7d50af6
 def base_config(config: TrainConfig) -> ModelConfig:
