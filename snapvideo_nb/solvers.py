@@ -5,25 +5,30 @@
 # %% auto #0
 __all__ = ['SOLVERS', 'noise_levels', 'State', 'Denoise', 'euler_step', 'heun_step', 'solve', 'churn_step', 'dpm_step']
 
-# %% ../nbs/08_solvers.ipynb #deefe2e2
+# %% ../nbs/08_solvers.ipynb #84144416
 import math
 from collections.abc import Callable
+from numbers import Integral
 from typing import NamedTuple
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-# %% ../nbs/08_solvers.ipynb #6bb85e70
+# %% ../nbs/08_solvers.ipynb #08e8a298
 def noise_levels(steps: int, sigma_min: float = .002, sigma_max: float = 80., rho: float = 7.) -> Float[Tensor, 'n']:
     """EDM's grid, [steps + 1] in float64: `steps` levels from sigma_max to sigma_min, even in sigma^(1/rho), and a final 0. `rho` = inf is even in log sigma.
 
-    ValueError for steps < 1, rho <= 0, or levels that are not 0 < sigma_min <= sigma_max < inf."""
+    ValueError for steps that are no whole number or < 1, rho <= 0, levels that are not 0 < sigma_min <= sigma_max < inf, and grids whose levels do not fall, because they leave no room or float64 cannot tell them apart."""
+    if not isinstance(steps, Integral): raise ValueError(f'a sampler needs a whole number of steps, not {steps!r}')
     if steps < 1: raise ValueError(f'a sampler needs at least 1 step, not {steps}')
     if not (0 < sigma_min <= sigma_max < math.inf and rho > 0):
         raise ValueError(f'a sampler needs 0 < sigma_min <= sigma_max and rho > 0, got {sigma_min}, {sigma_max} and rho {rho}')
-    even, back = (math.log, torch.exp) if rho == math.inf else (lambda s: s**(1/rho), lambda u: u**rho)
-    levels = back(torch.linspace(even(sigma_max), even(sigma_min), steps, dtype=torch.float64))
-    return torch.cat([levels, levels.new_zeros(1)])
+    even, back = (torch.log, torch.exp) if rho == math.inf else (lambda s: s**(1/rho), lambda u: u**rho)
+    ends = even(torch.tensor([sigma_max, sigma_min], dtype=torch.float64)).tolist()
+    levels = torch.cat([back(torch.linspace(*ends, steps, dtype=torch.float64)), torch.zeros(1, dtype=torch.float64)])
+    if not (levels.isfinite().all() and (levels.diff() < 0).all()):
+        raise ValueError(f'{steps} noise levels cannot fall from sigma_max {sigma_max:g} to sigma_min {sigma_min:g} with rho {rho:g}')
+    return levels
 
 # %% ../nbs/08_solvers.ipynb #ad934efa
 class State(NamedTuple):
@@ -90,13 +95,13 @@ def churn_step(denoise: Denoise, state: State, sigma: float, sigma_next: float, 
     x = state.x + (higher**2 - sigma**2)**.5*state.noise(state.step)
     return heun_step(denoise, state._replace(x=x), higher, sigma_next)
 
-# %% ../nbs/08_solvers.ipynb #0b01c713
+# %% ../nbs/08_solvers.ipynb #d2757da4
 def dpm_step(denoise: Denoise, state: State, sigma: float, sigma_next: float) -> State:
     """DPM-Solver++ (2M): the exact solution for the estimate D that a straight line in ln(sigma), through this step's and the last one's, has in the middle of the step.
-    Second order for one evaluation; the first step, and the last one to 0, take this step's D."""
+    Second order for one evaluation; the first step, the last one to 0, and one that has no memory of a higher level take this step's D."""
     _, here = denoise(state, state.x, sigma)
     estimate = here.denoised.double()
-    if state.denoised is not None and sigma_next > 0:
+    if state.denoised is not None and state.sigma > sigma and sigma_next > 0:
         ratio = math.log(sigma/sigma_next)/math.log(state.sigma/sigma)
         estimate = estimate + ratio/2*(estimate - state.denoised.double())
     goal = estimate/denoise.sigma_in
