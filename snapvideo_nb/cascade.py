@@ -16,22 +16,24 @@ from .model import SnapVideo, weights_folder
 from .sampling import sample, seeded_noise
 from .upsampling import low_res_input
 
-# %% ../nbs/11_cascade.ipynb #5d1236b3
-def second_seed(seed: int) -> int:
-    "The seed of a video's second stage, a function of the video's seed alone."
-    return int(np.random.SeedSequence(index(seed) % 2**64, spawn_key=(2,)).generate_state(1, np.uint64)[0] >> 1)
+# %% ../nbs/11_cascade.ipynb #7dc61fd5
+def second_seed(seed: int, use: int = 0) -> int:
+    "A seed of a video's second stage, a function of the video's seed alone: for the noise that the large clip is made from (`use` 0), or that spoils the small one (1)."
+    return int(np.random.SeedSequence(index(seed) % 2**64, spawn_key=(2 + use,)).generate_state(1, np.uint64)[0] >> 1)
 
-# %% ../nbs/11_cascade.ipynb #a22125e4
+# %% ../nbs/11_cascade.ipynb #6b323e15
 def upsample(model: SnapVideo, prompts: list[str], videos: Float[Tensor, 'b 3 t h w'], seeds: list[int] | None = None, steps: int = 16, level: float | None = None,
              **settings) -> Float[Tensor, 'b 3 t H W']:
     """Small clips in [-1, 1] made large by an upsampler, with noise of `level` on them (None: the level that the model was found to work best with).
 
-    `settings` are those of `sample`. Clip i depends on its own caption, small clip and seed (default i) alone. ValueError for a model that is no upsampler, clips of another size than it enlarges, unequal counts."""
+    `settings` are those of `sample`; `sigma_min` and `sigma_max` are .002 and 80 times `model.config.spread(level)` unless told. Clip i depends on its own caption, small clip and seed (default i)
+    alone. ValueError for a model that is no upsampler, no clips or clips of another size than it enlarges, unequal counts, a negative level."""
     if not model.config.low_res: raise ValueError('this model is no upsampler: it takes no small clip')
-    if not len(prompts) == len(videos): raise ValueError(f'as many captions as clips are needed, got {len(prompts)} and {len(videos)}')
-    level, seeds = model.config.level if level is None else level, [second_seed(seed) for seed in (range(len(videos)) if seeds is None else seeds)]
-    noise = seeded_noise(seeds, videos.shape[1:], 0).to(videos)
-    return sample(model, prompts, seeds, steps, low_res=low_res_input(model.config, videos, level, noise), level=level, **settings)
+    if not len(prompts) == len(videos) > 0: raise ValueError(f'as many captions as clips are needed, and at least one, got {len(prompts)} and {len(videos)}')
+    level, seeds = model.config.level if level is None else level, list(range(len(videos)) if seeds is None else seeds)
+    noise = seeded_noise([second_seed(seed, 1) for seed in seeds], videos.shape[1:], 0).to(videos)
+    seen, spread = low_res_input(model.config, videos, level, noise), model.config.spread(level)
+    return sample(model, prompts, [second_seed(seed) for seed in seeds], steps, low_res=seen, level=level, **dict(sigma_min=.002*spread, sigma_max=80*spread) | settings)
 
 # %% ../nbs/11_cascade.ipynb #6f320600
 def upsampler_folder(folder: str | Path, up: str | Path = 'auto') -> Path | None:
@@ -41,7 +43,7 @@ def upsampler_folder(folder: str | Path, up: str | Path = 'auto') -> Path | None
     beside = Path(folder).with_name(f'{Path(folder).name}-up')
     return beside if (beside/'config.json').exists() else None
 
-# %% ../nbs/11_cascade.ipynb #3b1b4dd2
+# %% ../nbs/11_cascade.ipynb #eb9eae66
 @dataclass
 class Cascade:
     "A model and, if there is one, its upsampler. ValueError for two that do not fit together."
@@ -61,8 +63,10 @@ class Cascade:
         return cls(SnapVideo.from_pretrained(folder, device), SnapVideo.from_pretrained(above, device) if above else None)
 
     def sample(self, prompts: list[str], seeds: list[int] | None = None, steps: int = 64, guidance=0., up_steps: int = 16, level: float | None = None, up_guidance=0.,
-               fps=None, micro_batch: int = 1, progress: bool = False, **settings) -> Float[Tensor, 'b 3 t H W']:
-        "Videos for captions, as large as the last stage makes them. `settings` are those of `sample` for the first stage; `up_steps`, `level`, `up_guidance`: the second stage's."
-        seeds, both = list(range(len(prompts)) if seeds is None else seeds), dict(fps=fps, micro_batch=micro_batch, progress=progress)
+               negative='', fps=None, size=None, micro_batch: int = 1, progress: bool = False, **settings) -> Float[Tensor, 'b 3 t H W']:
+        """Videos for captions, as large as the last stage makes them. `up_steps`, `level`, `up_guidance` are the second stage's; `negative`, `fps`, `size`, `micro_batch` and `progress` are told to both; `settings` are those
+        of `sample` for the first. ValueError as in `sample` and `upsample`, and for a `trajectory`, which belongs to one stage."""
+        if settings.get('trajectory'): raise ValueError('a trajectory belongs to one stage: call sample, then upsample')
+        seeds, both = list(range(len(prompts)) if seeds is None else seeds), dict(negative=negative, fps=fps, size=size, micro_batch=micro_batch, progress=progress)
         videos = sample(self.base, prompts, seeds, steps, guidance, **both, **settings)
         return upsample(self.up, prompts, videos, seeds, up_steps, level, guidance=up_guidance, **both) if self.up else videos

@@ -2,7 +2,7 @@
 from dataclasses import replace
 import pytest, torch
 
-from snapvideo_nb import training
+from snapvideo_nb import fit, training
 from snapvideo_nb.cascade import Cascade, second_seed, upsample, upsampler_folder
 from snapvideo_nb.cli import main
 from snapvideo_nb.data import Shapes
@@ -10,7 +10,7 @@ from snapvideo_nb.model import PRESETS, SnapVideo
 from snapvideo_nb.sampling import sample
 from snapvideo_nb.text import train_tokenizer
 from snapvideo_nb.training import TrainConfig, Trainer, Alone, low_res_chances, take_step, train, training_loss
-from snapvideo_nb.upsampling import begin_with, low_res_input, shrink
+from snapvideo_nb.upsampling import begin_with, enlarge, low_res_input, low_res_task, shrink
 from snapvideo_nb.video import collate
 
 CAPTIONS = ['a red disc moves left on a blue background', 'a blue ring moves right on a green background', 'a green cross moves up on a red background']
@@ -72,6 +72,48 @@ def test_levels_and_noise_belong_to_clips_and_reach_the_loss(pair):
     torch.testing.assert_close(parts, usual, atol=1e-5, rtol=1e-5)
 
 
+def test_an_upsampler_with_a_remainder_trains_and_samples_what_the_enlarged_clip_lacks(pair):
+    "The loss is the ordinary one of (clip - enlarged)/spread, and a silent network draws noise of about the spread around the enlarged clip."
+    _, up = pair
+    config, batch = TrainConfig(preset='tiny-up', batch=4, precision='fp32', label_dropout=0., self_conditioning=0.), collate([Shapes(4, 18, 32)[i] for i in range(4)])
+    plain = training_loss(up, batch, config, 0)[0]
+    up.config = replace(up.config, remainder=.2)
+    level, noise = low_res_chances(config, range(4), TINY_UP)
+    told = low_res_task(TINY_UP, batch.video, level, noise)
+    guess, spread = told['low_res']*(1 + level.view(-1, 1, 1, 1, 1)**2)**.5, (.04 + .4*level.view(-1, 1, 1, 1, 1)**2)**.5
+    sigma, chance, *_ = training.chances(config, range(4), batch.video.shape[1:])
+    with torch.no_grad():
+        loss = training.diffusion_loss(up.framework, up.network, (batch.video - guess)/spread, chance, sigma, up.conditions(batch.captions, batch.fps, batch.size, **told))[0]
+        found = training_loss(up, batch, config, 0)[0]
+    torch.testing.assert_close(found, loss, atol=1e-5, rtol=1e-5)
+    assert (found != plain).all()
+    for weight in [*up.network.head[1].parameters(), *up.network.finish.parameters()]: torch.nn.init.zeros_(weight)
+    small = shrink(batch.video, 9, 16)
+    assert 0 < (upsample(up, CAPTIONS[:1], small[:1], steps=16, level=0.) - enlarge(small[:1], 18, 32)).square().mean().sqrt() < .25  # about the spread of .2
+
+
+def test_a_stem_fits_patches_of_another_size_and_blocks_must_agree(pair):
+    "With twice the patch on a clip of twice the size, an upsampler reads an enlarged clip as the first stage reads the small one, pixel for pixel."
+    base, up = pair
+    config = replace(TINY_UP, network=replace(TINY_UP.network, patch=(1, 6, 8), group=(4, 3, 2)))
+    other = SnapVideo(config, base.text.tokenizer_json)
+    assert 'network.stem.0.weight' not in begin_with(other, base) and not other.network.gate.weight.any()
+    clip = torch.randn(1, 3, 4, 9, 16)
+    large = torch.cat([clip.repeat_interleave(2, 3).repeat_interleave(2, 4), torch.randn(1, 3, 4, 18, 32)], 1)
+    mine = other.network.stem(fit.patchify(large, (1, 6, 8), (4, 3, 2)))
+    theirs = base.network.stem(fit.patchify(clip, (1, 3, 4), (4, 3, 2)))
+    torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=1e-4)
+    deeper = SnapVideo(replace(TINY, network=replace(TINY.network, blocks=2)), base.text.tokenizer_json)
+    for pairing in ((up, deeper), (SnapVideo(replace(TINY_UP, network=replace(TINY_UP.network, blocks=2)), base.text.tokenizer_json), base)):
+        with pytest.raises(ValueError, match='do not fit this upsampler'): begin_with(*pairing)
+
+
+def test_what_is_told_reaches_both_stages(pair):
+    cascade, told = Cascade(*pair), dict(steps=1, up_steps=1, guidance=1., up_guidance=1.)
+    plain = cascade.sample(CAPTIONS[:1], **told)
+    assert all(not torch.equal(cascade.sample(CAPTIONS[:1], **told, **more), plain) for more in (dict(negative='a red disc'), dict(fps=24.), dict(size=(90, 160))))
+
+
 def test_the_gradient_finds_the_small_clip():
     "A few steps on one batch: an upsampler that begins blind to the small clip learns to use it."
     torch.manual_seed(0)
@@ -89,6 +131,9 @@ def test_the_gradient_finds_the_small_clip():
     (lambda base, up, folder: upsample(base, CAPTIONS[:1], torch.zeros(1, *base.shape)), 'no upsampler'),
     (lambda base, up, folder: upsample(up, CAPTIONS[:1], torch.zeros(1, *up.shape), steps=1), 'clips of 4x9x16, not 4x18x32'),
     (lambda base, up, folder: upsample(up, CAPTIONS, torch.zeros(1, *base.shape)), '3 and 1'),
+    (lambda base, up, folder: upsample(up, [], torch.zeros(0, *base.shape)), 'at least one'),
+    (lambda base, up, folder: upsample(up, CAPTIONS[:1], torch.zeros(1, *base.shape), level=float('nan')), 'at least 0'),
+    (lambda base, up, folder: Cascade(base, up).sample(CAPTIONS[:1], trajectory=True), 'one stage'),
     (lambda base, up, folder: up.conditions(CAPTIONS[:1]), 'needs a low-resolution clip'),
     (lambda base, up, folder: replace(TINY, low_res=(9, 16)), 'an upsampler, and nothing else'),
     (lambda base, up, folder: TrainConfig(max_level=-1.), 'at least 0')])
