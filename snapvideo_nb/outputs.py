@@ -9,7 +9,7 @@ __all__ = ['FORMATS', 'Wish', 'parse_seeds', 'spell_seeds', 'read_captions', 'sl
            'compose', 'describe', 'wanted', 'out_of_memory', 'in_batches', 'Parts', 'Agenda', 'Job', 'processes',
            'changed']
 
-# %% ../nbs/12b_outputs.ipynb #f72a301f
+# %% ../nbs/12b_outputs.ipynb #894306d0
 import hashlib, io, json, math, mimetypes, os, re, shutil
 from collections.abc import Iterator
 from fractions import Fraction
@@ -22,8 +22,8 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 from tqdm.auto import tqdm
 from . import __version__
-from .cascade import upsample, upsampler_folder
-from .extend import animate, continue_clip, fitted, long_video, upsample_windows, windows
+from .cascade import Cascade, upsample, upsampler_folder
+from .extend import animate, continue_clip, fitted, long_video, stages, upsample_windows, weight_for, windows
 from .guidance import Guidance
 from .model import SnapVideo, weights_folder
 from .video import Clip, contact_sheet, read_video, to_frames, whole_file
@@ -163,7 +163,7 @@ def read_metadata(path: str | Path) -> dict:
     except (av.FFmpegError, OSError, ValueError, LookupError, TypeError, SyntaxError, RecursionError, Image.DecompressionBombError): raise ValueError(f'{path}: does not say how it was made') from None
     return about
 
-# %% ../nbs/12b_outputs.ipynb #ce14e91b
+# %% ../nbs/12b_outputs.ipynb #e26126d1
 def read_clip(path: str | Path) -> Clip:
     "A clip or picture of any kind that `read_video` knows, or an animated GIF or WebP. Errors as there."
     path = Path(path)
@@ -178,27 +178,30 @@ def read_clip(path: str | Path) -> Clip:
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error: raise ValueError(f'{path}: not a video that can be read ({error.__class__.__name__})') from None
     if len(frames) == 1: return Clip(frames[0][None], fps=math.inf, source=str(path))
     try: fps = float(read_metadata(path)['recipe']['fps'])
-    except (ValueError, KeyError, TypeError): fps = 1000/min(shown)
+    except (ValueError, KeyError, TypeError): fps = float(1000/np.mean([ms for ms in shown if ms < 1.5*min(shown)]))
     ends, count = np.cumsum(shown), max(1, round(sum(shown)*fps/1000))
     return Clip(np.stack(frames)[np.searchsorted(ends, (np.arange(count) + .5)*1000/fps).clip(max=len(frames) - 1)], fps=fps, source=str(path))
 
-# %% ../nbs/12b_outputs.ipynb #0fe16eb4
+# %% ../nbs/12b_outputs.ipynb #020c8989
 class FirstStage:
-    """The videos of a model as `settings` say (those of `Producer`): from noise, as the continuation of a `clip` file, or from an `image` file.
+    """The videos of a model as `settings` say (those of `Producer`): from noise, as the continuation of a `clip` file (taken at the video's rate), or from an `image` file.
 
     `stage(captions, seeds, batch, tick) -> videos [b, 3, t, h, w]`; `tick(n)` hears of every step of a solver, with the number of clips that took it.
-    `chosen` is what the settings leave to it: frames, overlap, weight. ValueError for an overlap that does not fit a window, or no frame to make."""
+    `chosen` is what the settings leave to it: frames, overlap, weight. ValueError for an overlap that does not fit a window, rates or a weight as in `long_video`, a clip slower than the
+    video, or no frame to make."""
     def __init__(self, model: SnapVideo, settings: dict, clip: Path | None = None, image: Path | None = None):
         s, self.model, self.extend = settings, model, animate if image else continue_clip if clip else None
-        self.given = fitted(model, [read_clip(image).frames[:1] if image else read_clip(clip)]) if self.extend else torch.empty(1, 3, 0, *model.shape[2:])
+        rates = tuple(s.get('rates') or [s['fps']])
+        self.given = fitted(model, [read_clip(image).frames[:1] if image else read_clip(clip)], rates[-1]) if self.extend else torch.empty(1, 3, 0, *model.shape[2:])
         given, length = self.given.shape[2], model.shape[1]
         self.overlap = max(1, length//4) if s.get('overlap') is None else s['overlap']
         self.frames = s.get('frames') or (given + length - min(given, self.overlap) if clip else length)
         if self.frames <= given: raise ValueError(f'{image or clip}: a video of {self.frames} frames leaves nothing to make when {given} are given')
-        self.plan = windows([i < given for i in range(self.frames)], length, self.overlap)
-        self.chosen = dict(frames=self.frames, overlap=self.overlap, weight=s.get('weight', 8. if image else 4.))
+        self.plan = [window for stage in stages(self.frames, rates, given, length) for window in windows(stage.known, length, self.overlap)]
+        self.chosen = dict(frames=self.frames, overlap=self.overlap, weight=s.get('weight', [8., 4.] if image else 4.))
+        weight_for(self.chosen['weight'], 1)
         guidance = Guidance(s['guidance'], s.get('oscillate'), s.get('steady', 0), tuple(map(float, s.get('interval', (0, math.inf)))), s.get('threshold'))
-        self.options = self.chosen | dict(rates=(s['fps'],), steps=s['steps'], guidance=guidance, negative=s.get('negative', ''), solver=s.get('solver', 'heun'))
+        self.options = self.chosen | dict(rates=rates, steps=s['steps'], guidance=guidance, negative=s.get('negative', ''), solver=s.get('solver', 'heun'))
 
     def ticks(self) -> int:
         "Steps for one video: so many for each window."
@@ -240,20 +243,21 @@ def model_digest(folder: Path) -> str:
     "`short_digest` of what decides a model's clips: config.json, model.safetensors and, if it is there, tokenizer.json."
     return short_digest(*(path for name in ('config.json', 'model.safetensors', 'tokenizer.json') if (path := folder/name).exists()))
 
-# %% ../nbs/12b_outputs.ipynb #df7df986
+# %% ../nbs/12b_outputs.ipynb #27c4631a
 class Producer:
     """What makes videos exactly as a recipe says: `producer(captions, seeds, batch, tick) -> videos [b, 3, t, h, w]`.
 
-    `settings`: steps, guidance, and if wanted oscillate, steady, interval, threshold, negative, solver, fps, frames (of the whole video), overlap and weight (as in
-    `long_video`), up_steps, level. `model`: a name, folder or Hub id; `up`: the same of an upsampler, 'auto' or 'none'. `clip`, `image`: a file to continue, or to set
+    `settings`: steps, guidance, and if wanted oscillate, steady, interval, threshold, negative, solver, fps, frames (of the whole video), rates, overlap and weight
+    (as in `long_video`), up_steps, level. `model`: a name, folder or Hub id; `up`: the same of an upsampler, 'auto' or 'none'. `clip`, `image`: a file to continue, or to set
     in motion. `recipe` is what decides the pixels, defaults included, `made` how it is done here.
-    Errors as in `SnapVideo.from_pretrained`, `Guidance` and `read_clip`; ValueError for models that do not fit together."""
+    Errors as in `Cascade.from_pretrained`, `Guidance`, `FirstStage` and `read_clip`."""
     def __init__(self, settings: dict, model: str = 'mini', up: str = 'none', clip: Path | None = None, image: Path | None = None, device='cpu'):
         folder, file = weights_folder(model), image or clip
         above = upsampler_folder(folder, up)
-        self.model, self.second = SnapVideo.from_pretrained(folder, device), None
-        if self.model.config.low_res: raise ValueError(f'{model} is an upsampler: it enlarges what another model makes')
-        self.fps = float(settings.get('fps') or self.model.config.fps)
+        cascade = Cascade.from_pretrained(folder, above or 'none', device)
+        self.model, self.second, rates = cascade.base, None, list(map(float, settings.get('rates') or []))
+        self.fps = float(settings.get('fps') or (rates or [self.model.config.fps])[-1])
+        if rates and rates[-1] != self.fps: raise ValueError(f'a video has the last of its rates, {rates[-1]:g} frames per second, and not {self.fps:g}')
         self.recipe = dict(solver='heun') | {name: value for name, value in settings.items() if value is not None} | dict(fps=self.fps, weights=model_digest(folder))
         steps, level = self.recipe.pop('up_steps', 16), self.recipe.pop('level', None)
         above_name = str(Path(model).with_name(above.name)) if above and up == 'auto' else str(up)
@@ -262,9 +266,7 @@ class Producer:
         self.recipe |= self.first.chosen | ({'steady': self.recipe.get('steady', 0)} if 'oscillate' in self.recipe else {})
         if file: self.recipe['image' if image else 'clip'], self.made['given'] = short_digest(file), str(file)
         if above:
-            self.second = SecondStage(SnapVideo.from_pretrained(above, device), steps, level, self.fps)
-            if self.second.model.config.low_res != self.model.shape[2:]:
-                raise ValueError(f'{self.made["up"]} does not enlarge clips of {self.model.shape[2]} x {self.model.shape[3]} pixels')
+            self.second = SecondStage(cascade.up, steps, level, self.fps)
             self.recipe |= dict(up_steps=steps, level=self.second.level, up_weights=model_digest(above))
         self.recipe = dict(sorted(self.recipe.items()))
 

@@ -16,7 +16,7 @@ from snapvideo_nb.model import SnapVideo
 from snapvideo_nb.outputs import FORMATS, read_clip, read_metadata, write_file
 from snapvideo_nb.sampling import sample as library_sample
 from snapvideo_nb.text import train_tokenizer
-from snapvideo_nb.video import read_video, to_frames, write_video
+from snapvideo_nb.video import read_video, to_frames, to_tensor, write_video
 
 COMMAND = [sys.executable, '-c', 'import sys; from snapvideo_nb.cli import main; sys.exit(main())']
 CAPTION = 'a red apple moving to the right'
@@ -150,6 +150,24 @@ def test_more_frames_a_clip_to_continue_and_a_picture(model, folder):
         assert np.array_equal(read_clip('again.webp').frames, made)
 
 
+def test_a_video_through_several_rates(model, folder):
+    "Given frames are taken at the last rate; --again goes through the same rates."
+    given = np.random.default_rng(0).integers(0, 256, (9, 9, 16, 3), dtype=np.uint8)
+    write_file('fast.webp', given, 24., dict(recipe=dict(fps=24.), made={}))
+    assert main(sample(model, '--continue', 'fast.webp', '--frames', 7, '--rates', '4,8', '--weight', '8,2', '--scale', 1, '--out', 'one.webp')) == 0
+    clip, recipe = read_clip('one.webp'), read_metadata('one.webp')['recipe']
+    assert clip.fps == recipe['fps'] == 8 and recipe['rates'] == [4, 8] and recipe['weight'] == [8, 2] and np.array_equal(clip.frames[:3], given[::3])
+    direct = long_video(SnapVideo.from_pretrained(model), [CAPTION], [0], 7, to_tensor(given[::3])[None], rates=(4., 8.), weight=(8., 2.), steps=2)
+    assert np.array_equal(clip.frames, to_frames(direct)[0])
+    assert main(['sample', '--again', 'one.webp', '--out', 'two.webp']) == 0
+    assert np.array_equal(read_clip('two.webp').frames, clip.frames)
+
+
+def test_a_clip_too_slow_to_continue(model, folder, capsys):
+    write_file('slow.webp', np.zeros((4, 9, 16, 3), np.uint8) + np.arange(4, dtype=np.uint8)[:, None, None, None], 4., dict(recipe=dict(fps=4.), made={}))
+    refused(capsys, folder, *sample(model, '--continue', 'slow.webp'), says=['4 frames per second is too slow for 8'])
+
+
 def test_again_makes_the_same_frames_and_says_when_it_cannot(model, folder, capsys):
     shutil.copytree(model, 'copy')
     words = ['sample', CAPTION, '--model', 'copy', '--steps', '2', '--guidance', '2', '--interval', '0.1', 'inf', '--seeds', '7', '--out', 'one.webp']
@@ -279,6 +297,13 @@ def test_data_show_writes_a_sheet_and_prints_captions(folder, capsys):
     (['sample', 'a cat', '--level', '-1'], ['--level']),
     (['sample', 'a cat', '--weight', '-1'], ['--weight']),
     (['sample', 'a cat', '--weight', 'inf'], ['--weight']),
+    (['sample', 'a cat', '--weight', 'much'], ['--weight', "'much'"]),
+    (['sample', 'a cat', '--weight', '1,2,3'], ['weight', '1.0, 2.0, 3.0']),
+    (['sample', 'a cat', '--rates', '8,12'], ['frame rate', 'whole multiple']),
+    (['sample', 'a cat', '--rates', '1,32'], ['no two known frames in a window of 16']),
+    (['sample', 'a cat', '--rates', '4,,8'], ['--rates', "'4,,8'"]),
+    (['sample', 'a cat', '--rates', '0,8'], ['frame rates are positive']),
+    (['sample', 'a cat', '--rates', '4,8', '--fps', '12'], ['last of its rates', '12']),
     (['sample', 'a cat', '--overlap', '-1'], ['--overlap']),
     (['sample', 'a cat', '--overlap', '1.5'], ['--overlap']),
     (['sample', 'a cat', '--overlap', '16'], ['overlap', '15 frames', '16']),

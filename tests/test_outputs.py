@@ -81,6 +81,9 @@ def test_a_picture_comes_back(tmp_path, clip):
 def test_files_of_others_are_read_by_their_clock(tmp_path, clip):
     Image.fromarray(clip[0]).save(tmp_path/'a.gif', save_all=True, append_images=[Image.fromarray(frame) for frame in clip[1:3]], duration=[100, 300, 100])
     assert read_clip(tmp_path/'a.gif').fps == 10 and len(read_clip(tmp_path/'a.gif').frames) == 5
+    for fps in (8, 12, 24, 25):
+        write_file(tmp_path/'b.gif', np.random.default_rng(1).integers(0, 256, (24, 9, 15, 3), dtype=np.uint8), fps, {}, force=True)
+        assert read_clip(tmp_path/'b.gif').fps == pytest.approx(fps, rel=.01) and len(read_clip(tmp_path/'b.gif').frames) == 24
 
 
 def test_moments_are_never_more_than_half_a_unit_off():
@@ -156,7 +159,7 @@ def test_it_makes_what_sample_makes(model):
 def test_the_bar_is_told_the_right_number_of_steps(model, tmp_path, clip):
     write_file(tmp_path/'given.webp', clip, 8., {})
     for options in (dict(), dict(settings=dict(frames=11)), dict(clip=tmp_path/'given.webp'), dict(image=tmp_path/'given.webp'), dict(clip=tmp_path/'given.webp', settings=dict(frames=12)),
-                    dict(up='auto', settings=dict(up_steps=3)), dict(up='auto', settings=dict(frames=11, up_steps=3))):
+                    dict(settings=dict(frames=11, rates=[2., 4., 8.])), dict(clip=tmp_path/'given.webp', settings=dict(frames=12, rates=[4., 8.])), dict(up='auto', settings=dict(up_steps=3)), dict(up='auto', settings=dict(frames=11, up_steps=3))):
         producer = Producer(SETTINGS | options.pop('settings', {}), model, **options)
         videos, steps = counted(producer)
         assert steps == producer.ticks() and videos.shape[2] == producer.first.frames
@@ -173,7 +176,7 @@ def test_the_upsampler_gets_the_recipe(model):
 
 def test_what_is_no_pair_is_refused_before_it_samples(model):
     with pytest.raises(ValueError, match='is an upsampler'): Producer(SETTINGS, f'{model}-up')
-    with pytest.raises(ValueError, match='does not enlarge clips of 9 x 16'): Producer(SETTINGS, model, up=str(model))
+    with pytest.raises(ValueError, match='does not enlarge clips of 4x9x16'): Producer(SETTINGS, model, up=str(model))
 
 
 def test_a_recipe_is_json_and_makes_the_same_video(model, tmp_path):
@@ -221,7 +224,7 @@ def test_an_upsampler_that_is_gone_or_changed_is_named(model, tmp_path):
 def test_defaults_are_spelt_out_in_the_recipe(model, tmp_path, clip):
     write_file(tmp_path/'given.webp', clip, 8., {})
     assert Producer(dict(steps=2, guidance=0.), model).recipe | dict(weights='') == dict(steps=2, guidance=0., solver='heun', fps=8., weights='', frames=4, overlap=1, weight=4.)
-    assert Producer(SETTINGS, model, image=tmp_path/'given.webp').recipe['weight'] == 8 and Producer(SETTINGS, model, clip=tmp_path/'given.webp').recipe['frames'] == 9
+    assert Producer(SETTINGS, model, image=tmp_path/'given.webp').recipe['weight'] == [8, 4] and Producer(SETTINGS, model, clip=tmp_path/'given.webp').recipe['frames'] == 9
     assert Producer(SETTINGS | dict(oscillate=1.), model).recipe['steady'] == 0
 
 
@@ -231,6 +234,23 @@ def test_overlap_and_weight_reach_the_video(model):
         videos, steps = counted(producer)
         assert steps == producer.ticks() and torch.equal(videos, long_video(SnapVideo.from_pretrained(model), ['a cat'], [3], 7, steps=2, **more))
     with pytest.raises(ValueError, match='an overlap lies between 0 and 3'): Producer(SETTINGS | dict(overlap=4), model)
+    with pytest.raises(ValueError, match='a weight of reconstruction guidance'): Producer(SETTINGS | dict(weight=[1, 2, 3]), model)
+
+
+def test_rates_reach_the_video_and_its_recipe(model, tmp_path):
+    producer = Producer(SETTINGS | dict(frames=7, rates=[6, 12]), model)
+    assert producer.fps == producer.recipe['fps'] == 12 and producer.recipe['rates'] == [6, 12]
+    assert torch.equal(counted(producer)[0], long_video(SnapVideo.from_pretrained(model), ['a cat'], [3], 7, rates=(6., 12.), steps=2))
+    for more, words in ((dict(rates=[6, 12], fps=8.), 'the last of its rates, 12'), (dict(rates=[8, 12]), 'whole multiple'), (dict(rates=[2, 8]), 'no two known frames')):
+        with pytest.raises(ValueError, match=words): Producer(SETTINGS | more, model)
+
+
+def test_a_given_clip_is_taken_at_the_rate_of_the_video(model, tmp_path, clip):
+    write_file(tmp_path/'fast.webp', np.concatenate([clip]*2), 24., dict(recipe=dict(fps=24.), made={}))
+    producer = Producer(SETTINGS, model, clip=tmp_path/'fast.webp')
+    assert producer.first.given.shape[2] == 4 and producer.first.frames == 7
+    assert Producer(SETTINGS | dict(fps=24.), model, clip=tmp_path/'fast.webp').first.given.shape[2] == 12
+    with pytest.raises(ValueError, match='24 frames per second is too slow for 48'): Producer(SETTINGS | dict(fps=48.), model, clip=tmp_path/'fast.webp')
 
 
 # The job
