@@ -16,12 +16,19 @@ from tqdm.auto import tqdm
 from .guidance import Guidance, GuidedBatch
 from .solvers import SOLVERS, Denoise, noise_levels, solve
 
-# %% ../nbs/08c_sampling.ipynb #147eac14
+# %% ../nbs/08c_sampling.ipynb #5754bb79
 def seeded_noise(seeds: list[int], shape, step: int | None = None) -> Float[Tensor, 'b ...']:
-    "Standard normal noise [b, *shape] in float64, each sample from its own seed alone (and the number of a `step`, for a solver that stirs), drawn on the CPU for every device."
-    own = lambda seed: seed if step is None else int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0] >> 1)
-    generators = [torch.Generator().manual_seed(own(index(seed))) for seed in seeds]
-    return torch.stack([torch.randn(shape, generator=generator, dtype=torch.float64) for generator in generators])
+    """Standard normal noise [b, *shape] in float64, drawn on the CPU for every device: a function of each sample's seed (modulo 2**64) and of `step` alone, whatever the company or process.
+
+    `step`: None for the noise with which a clip begins, 0, 1, ... for a solver that stirs, a negative number for anything else that needs noise of its own (a cascade's small clip takes -1).
+    No two pairs of seed and step share a stream. ValueError for a seed that is no whole number."""
+    def drawn(seed):
+        if not hasattr(seed, '__index__'): raise ValueError(f'seeds are whole numbers, not {seed!r}')
+        seed = index(seed) % 2**64
+        if step is None and seed < 2**32: return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        key = seed + 2**64*(2**63 if step is None else step % 2**64)
+        return torch.from_numpy(np.random.Generator(np.random.Philox(key=key)).standard_normal(tuple(shape)))
+    return torch.stack([drawn(seed) for seed in seeds])
 
 # %% ../nbs/08c_sampling.ipynb #657bc2db
 @dataclass
@@ -38,21 +45,22 @@ class Trajectory:
 
     def __len__(self): return len(self.sigma)
 
-# %% ../nbs/08c_sampling.ipynb #8c68ea67
+# %% ../nbs/08c_sampling.ipynb #41479afe
 @torch.no_grad()
 def sample(model, prompts: list[str], seeds: list[int] | None = None, steps: int = 64, guidance: Guidance | float = 0., negative: str | list[str] = '',
            solver: str | Callable = 'heun', fps=None, size=None, low_res=None, level=None, sigma_min: float = .002, sigma_max: float = 80., rho: float = 7.,
            micro_batch: int = 1, around: Callable | None = None, callback: Callable | None = None, trajectory: bool = False, progress: bool = False):
     """Videos in [-1, 1] for captions: [b, 3, t, h, w] float32; with `trajectory` the pair (videos, `Trajectory`). Puts the model into evaluation mode.
 
-    Sample i depends on prompts[i], seeds[i] (default i) and the settings alone; on CPU it is bit-identical whatever stands beside it.
+    Sample i depends on prompts[i], seeds[i] (default i) and the settings alone, whatever stands beside it and whichever process (rank) makes it: to the bit with micro_batch=1
+    on one CPU, number of threads, and version of torch and numpy; to rounding otherwise.
     `guidance`, `negative`, `fps`, `size`, `low_res`, `level`, `micro_batch`: as in `GuidedBatch`. `solver`: a name in SOLVERS or a step function. `sigma_min`, `sigma_max`, `rho`: the grid.
     `around(denoiser) -> denoiser` may change what the model says before a solver hears it. `callback(step, sigma, x, denoised, latents)` sees every step.
-    ValueError for no captions, unequal counts, an unknown solver, steps < 1; FloatingPointError where numbers stop being finite."""
+    ValueError for no captions, unequal counts, an unknown solver, impossible steps, levels, weights or seeds; FloatingPointError where numbers stop being finite."""
     if isinstance(prompts, str) or not len(prompts): raise ValueError(f'sample needs a list of at least one caption, got {prompts!r}')
     seeds = list(range(len(prompts)) if seeds is None else seeds)
     if len(prompts) != len(seeds): raise ValueError(f'as many seeds as captions are needed, got {len(prompts)} captions and {len(seeds)} seeds')
-    if isinstance(solver, str) and solver not in SOLVERS: raise ValueError(f'unknown solver {solver!r}; there are: {", ".join(SOLVERS)}')
+    if not callable(solver) and solver not in list(SOLVERS): raise ValueError(f'unknown solver {solver!r}; there are: {", ".join(SOLVERS)}')
     levels, kept = noise_levels(steps, sigma_min, sigma_max, rho), Trajectory()
     denoiser = GuidedBatch(model.eval(), list(prompts), guidance, negative, fps, size, low_res, level, micro_batch)
     denoise = Denoise(around(denoiser) if around else denoiser, model.framework.sigma_in)
@@ -62,6 +70,6 @@ def sample(model, prompts: list[str], seeds: list[int] | None = None, steps: int
             bar.update()
             for watch in (callback, kept if trajectory else None):
                 if watch is not None: watch(*args)
-        x = solve(denoise, levels[0]*fresh(), levels, SOLVERS.get(solver, solver), each, fresh)
+        x = solve(denoise, levels[0]*fresh(), levels, solver if callable(solver) else SOLVERS[solver], each, fresh)
     videos = (model.framework.sigma_in*x).float().clamp(-1, 1)
     return (videos, kept) if trajectory else videos

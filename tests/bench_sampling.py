@@ -4,7 +4,7 @@
     python tests/bench_sampling.py --parts overhead --model FOLDER    # one part, for another model of clips 16x18x32
 
 * `solvers.json`: 4 clips, unguided. The distance (root mean square over all values of a clip in [-1, 1]) from the clip that 512 Heun steps make of the same seed, for euler, heun and dpm++ on two grids
-  (rho = 7, and even in log sigma) at 7 to 127 evaluations each; and for heun without the latents of the evaluation before.
+  (rho = 7, and even in log sigma) at 7 to 127 evaluations each; for heun without the latents of the evaluation before; and for heun and dpm++ without latents from a reference without latents.
 * `guidance.json`: 32 clips of 16 Heun steps for each setting of `Guidance`: what the caption judge reads off them, how much moves, how strong the colours are. The first row is the same programs drawn by the data set.
 * `overhead.json`: processor time of `sample`, text encoding and all, over that of the model's evaluations inside it (`own`), and over that of bare calls of the model with the same arguments, made in turns with them (`ratio`).
 
@@ -54,8 +54,8 @@ class Timed:
 
 class Record:
     "A JSON file of a protocol and rows by name, written after each row. ValueError when it holds rows of other weights or settings."
-    def __init__(self, path: Path, force: bool = False, **settings):
-        self.path, self.told = path, dict(protocol=provenance('python tests/bench_sampling.py', **settings), rows={})
+    def __init__(self, path: Path, force: bool = False, command: str = 'python tests/bench_sampling.py', **settings):
+        self.path, self.told = path, dict(protocol=provenance(command, **settings), rows={})
         if path.exists() and not force:
             kept = json.loads(path.read_text('utf-8'))
             if wrong := [key for key, value in json.loads(json.dumps(settings)).items() if kept['protocol'].get(key) != value]:
@@ -98,11 +98,11 @@ class Bench:
 
     def solvers(self, clips: int = 4, steps: int = 512, budgets=(4, 8, 16, 32, 64)) -> dict:
         "Distance from the reference over evaluations; `budgets` are Heun steps N, the one-evaluation solvers take 2N - 1."
-        record, reference = self.record('solvers', clips=clips, reference=f'{steps} steps of heun, rho = 7', guidance=0), []
-        def apart(n, **options):
-            if not reference: reference.append(self.sample(clips, steps=steps)[0])
+        record, references = self.record('solvers', clips=clips, reference=f'{steps} steps of heun, rho = 7', guidance=0), {}
+        def apart(n, reference='carried', **options):
+            if reference not in references: references[reference] = self.sample(clips, steps=steps, **dict(around=withheld) if reference == 'withheld' else {})[0]
             video, evaluations = self.sample(clips, steps=n, **options)
-            each = (video - reference[0]).square().flatten(1).mean(1).sqrt()
+            each = (video - references[reference]).square().flatten(1).mean(1).sqrt()
             return dict(steps=n, evaluations=evaluations, rms=round(each.mean().item(), 6), each=[round(e, 6) for e in each.tolist()])
         for n in budgets:
             for grid, rho in (('rho 7', 7.), ('log', math.inf)):
@@ -110,6 +110,8 @@ class Bench:
                     steps_of = n if solver == 'heun' else 2*n - 1
                     record.row(f'{solver}, {grid}, {2*n - 1}', lambda: dict(solver=solver, grid=grid, latents='carried') | apart(steps_of, solver=solver, rho=rho), self.say)
             record.row(f'heun, rho 7, withheld, {2*n - 1}', lambda: dict(solver='heun', grid='rho 7', latents='withheld') | apart(n, around=withheld), self.say)
+            for solver, steps_of in (('heun', n), ('dpm++', 2*n - 1)):
+                record.row(f'{solver}, rho 7, withheld in both, {2*n - 1}', lambda: dict(solver=solver, grid='rho 7', latents='withheld in both') | apart(steps_of, 'withheld', solver=solver, around=withheld), self.say)
         return record.told['rows']
 
     @cached_property

@@ -341,7 +341,11 @@ def test_what_the_model_says_may_be_changed_on_the_way(model):
     (dict(prompts='a snail'), "got 'a snail'"), (dict(seeds=[1, 2]), '1 captions and 2 seeds'), (dict(solver='rk4'), "unknown solver 'rk4'; there are: heun, euler"),
     (dict(sigma_min=2., sigma_max=1.), 'sigma_min <= sigma_max'), (dict(sigma_min=0.), '0 < sigma_min'), (dict(rho=0.), 'rho > 0'), (dict(micro_batch=0), 'at least 1 clip'),
     (dict(fps=[8., 8.]), 'each of the 1 clips'), (dict(size=[[9, 16], [9, 16]]), 'each of the 1 clips'),
-    (dict(low_res=torch.zeros(1, 3, 4, 9, 16)), 'only an upsampler'), (dict(guidance=math.nan), 'finite number'), (dict(sigma_max=math.inf), 'sigma_max')], ids=str)
+    (dict(low_res=torch.zeros(1, 3, 4, 9, 16)), 'only an upsampler'), (dict(guidance=math.nan), 'finite number'), (dict(sigma_max=math.inf), 'sigma_max'),
+    (dict(steps=2.5), 'whole number of steps, not 2.5'), (dict(steps='8'), "not '8'"), (dict(sigma_min=2., sigma_max=2., solver='dpm++'), '64 noise levels cannot fall'),
+    (dict(rho=1e-3), 'with rho 0.001'), (dict(rho=1e18), 'cannot fall'), (dict(guidance=None), 'finite number, not None'), (dict(guidance='2'), "finite number, not '2'"),
+    (dict(guidance=Guidance), 'finite number'), (dict(solver=None), 'unknown solver None'), (dict(solver=['heun']), 'unknown solver'), (dict(solver=2), 'unknown solver 2'),
+    (dict(seeds=[1.5]), 'whole numbers, not 1.5'), (dict(seeds=['1']), "not '1'")], ids=str)
 def test_a_mistake_is_named(model, wrong, words):
     with pytest.raises(ValueError) as error: sample(model, **dict(prompts=CAPTIONS[:1]) | wrong)
     assert words in str(error.value) and '\n' not in str(error.value)
@@ -364,14 +368,50 @@ def test_noise_levels():
     assert noise_levels(1).tolist() == pytest.approx([80., 0.])
     torch.testing.assert_close(noise_levels(9, rho=math.inf)[:-1].log().diff(), torch.full((8,), math.log(.002/80)/8, dtype=torch.float64))
     assert noise_levels(3, 1., 27., rho=3.).tolist() == pytest.approx([27., 8., 1., 0.])
+    assert noise_levels(1, 2., 2.).tolist() == pytest.approx([2., 0.]) and noise_levels(np.int64(2)).tolist() == pytest.approx([80., .002, 0.])
+    assert (noise_levels(9, rho=.01).diff() < 0).all()
+
+
+def test_a_level_that_comes_twice_is_no_memory():
+    levels, x = torch.tensor([2., 2., 1., 0.], dtype=torch.float64), torch.ones(1, 1)
+    torch.testing.assert_close(solve(mixture_denoise(1.), x, levels, dpm_step), solve(mixture_denoise(1.), x, levels[1:], dpm_step), atol=1e-14, rtol=0)
 
 
 def test_seeded_noise():
     noise = seeded_noise([3, 7, 3], (2, 5))
     assert noise.dtype == torch.float64 and torch.equal(noise[0], noise[2]) and not torch.equal(noise[0], noise[1])
     assert torch.equal(noise[1:2], seeded_noise(np.array([7]), (2, 5)))
+    assert torch.equal(noise[1], torch.randn((2, 5), generator=torch.Generator().manual_seed(7), dtype=torch.float64))
     many = seeded_noise(range(2000), (50,))
     assert abs(many.mean()) < .01 and abs(many.std() - 1) < .01 and abs((many[:, 0]*many[:, 1]).mean()) < .1
+
+
+def test_no_two_pairs_of_seed_and_step_share_noise():
+    "Seeds and steps that share their low 32 bits, or whose digits run into each other, negative ones included."
+    numbers = [0, 1, 2, 7, 2**32, 2**32 + 1, 2**32 + 7, 2**63 - 1, 2**63, 2**64 - 1]
+    pairs = [(seed, step) for seed in numbers for step in (None, -2**32, -2, -1, *numbers[:8])]
+    assert len({tuple(seeded_noise([seed], (4,), step)[0].tolist()) for seed, step in pairs}) == len(pairs)
+
+
+@pytest.mark.parametrize('step', [None, -1, 0, 2**40])
+@pytest.mark.parametrize('seed', [0, 2**32 - 1, 2**32, 2**64 - 1])
+def test_seeds_count_modulo_two_to_the_64(seed, step):
+    noise = seeded_noise([seed, seed - 2**64, seed + 2**64, seed + 2**200], (3, 2), step)
+    assert noise.shape == (4, 3, 2) and noise.dtype == torch.float64 and (noise == noise[:1]).all()
+
+
+@pytest.mark.parametrize('seeds, step', [(range(2**40, 2**40 + 500), None), (range(500), 0), (range(-500, 0), -1)])
+def test_neighbouring_streams_are_independent_and_normal(seeds, step):
+    noise = seeded_noise(seeds, (200,), step)
+    assert abs(noise.mean()) < .015 and abs(noise.std() - 1) < .01 and abs((noise[1:]*noise[:-1]).mean()) < .015 and abs((noise**4).mean() - 3) < .1
+
+
+@pytest.mark.parametrize('solver', ['heun', 'churn'])
+def test_ranks_that_share_captions_make_the_clips_of_one(model, solver):
+    seeds = [3, -1, 2**32 + 3, 2**64 + 5]
+    together = sample(model, CAPTIONS[:4], seeds, steps=3, solver=solver)
+    for rank in (0, 1): assert torch.equal(sample(model, CAPTIONS[rank:4:2], seeds[rank::2], steps=3, solver=solver), together[rank::2])
+    assert not torch.equal(*(sample(model, CAPTIONS[:1], [seed], steps=2, solver=solver) for seed in (3, 2**32 + 3)))
 
 
 # The bench
@@ -382,19 +422,19 @@ def test_a_cut_bench_goes_on_where_it_was(model, tmp_path):
     said = []
     bench = lambda **options: bench_sampling.Bench(tmp_path/'tiny', tmp_path/'records', say=said.append, **options)
     rows = bench().solvers(clips=2, steps=4, budgets=(2,))
-    assert len(said) == len(rows) == 7 and all(row['evaluations'] == 3 and len(row['each']) == 2 for row in rows.values())
+    assert len(said) == len(rows) == 9 and all(row['evaluations'] == 3 and len(row['each']) == 2 for row in rows.values())
     assert rows['heun, rho 7, 3']['rms'] != rows['heun, rho 7, withheld, 3']['rms'] > 0
     told = json.loads((tmp_path/'records/solvers.json').read_text())
     del told['rows']['dpm++, log, 3']
     (tmp_path/'records/solvers.json').write_text(json.dumps(told))
     again = bench().solvers(clips=2, steps=4, budgets=(2,))
-    assert len(said) == 8 and again['dpm++, log, 3']['each'] == rows['dpm++, log, 3']['each']
+    assert len(said) == 10 and again['dpm++, log, 3']['each'] == rows['dpm++, log, 3']['each']
     with pytest.raises(ValueError, match='another clips; --force'): bench().solvers(clips=1, steps=4, budgets=(2,))
     with torch.no_grad(): model.network.gate.weight.mul_(.5)
     model.save_pretrained(tmp_path/'tiny', force=True)
     with torch.no_grad(): model.network.gate.weight.mul_(2)
     with pytest.raises(ValueError, match='another weights; --force'): bench().solvers(clips=2, steps=4, budgets=(2,))
-    assert len(bench(force=True).solvers(clips=1, steps=2, budgets=(1,))) == 7
+    assert len(bench(force=True).solvers(clips=1, steps=2, budgets=(1,))) == 9
 
 
 def test_the_sampler_is_timed_around_its_network(model, tmp_path):
