@@ -27,7 +27,7 @@ from .unet import UNet, UNetConfig
 # %% ../nbs/07_model.ipynb #ae7d63f0
 NETWORKS = {'fit': (FIT, FITConfig), 'unet': (UNet, UNetConfig)}
 
-# %% ../nbs/07_model.ipynb #89de6bd4
+# %% ../nbs/07_model.ipynb #edb57e4f
 @dataclass(frozen=True)
 class ModelConfig:
     """Everything that a model is, besides its weights: the network's kind and sizes, the text encoder, the framework's two constants.
@@ -59,8 +59,8 @@ class ModelConfig:
         return ScaledEDM(self.sigma_data, self.sigma_in or input_scale(self.network.frames, self.network.width))
 
     def spread(self, level):
-        "Deviation of what the network draws, in units of `sigma_data`: 1, or that of the remainder when the small clip carries noise of `level` (bilinear enlarging leaves about two fifths of its variance)."
-        return (self.remainder**2 + .4*level**2)**.5 if self.remainder else 1.
+        "Deviation of what the network draws, in units of `sigma_data`: 1, or that of the remainder when the small clip carries noise of `level` (of whose variance bicubic enlarging leaves about three quarters)."
+        return (self.remainder**2 + .73*level**2)**.5 if self.remainder else 1.
 
     def to_dict(self) -> dict:
         "A JSON-able dictionary; `from_dict` reads it."
@@ -87,7 +87,7 @@ def study_fit(patch_width, latents, latent_width, blocks):
 def study_unet(base, head):
     return ModelConfig(UNetConfig(frames=8, height=18, width=32, base=base, multipliers=(1, 2, 2), res_blocks=1, attention=(16, 8), head=head, condition_width=96, text_width=128, groups=8, dropout=0.), own_text, fps=8.)
 
-# %% ../nbs/07_model.ipynb #7cd9fe42
+# %% ../nbs/07_model.ipynb #9096fed6
 PRESETS = {
     'tiny': ModelConfig(FITConfig(frames=4, height=9, width=16, patch=(1, 3, 4), group=(4, 3, 2), blocks=1, global_layers=1, patch_width=32, latents=8, latent_width=32,
                                   patch_head=16, latent_head=16, condition_width=32, text_width=32, dropout=0.),
@@ -95,7 +95,7 @@ PRESETS = {
     'mini': ModelConfig(FITConfig(frames=16, height=18, width=32, patch=(1, 6, 4), group=(16, 3, 8), blocks=3, global_layers=1,
                                   patch_width=192, latents=128, latent_width=128, **short), own_text, fps=8.),
     'mini-up': ModelConfig(FITConfig(frames=16, height=36, width=64, patch=(1, 6, 8), group=(16, 3, 8), blocks=3, global_layers=1, patch_width=192,
-                                     latents=128, latent_width=128, low_res=True, finish=24, **short), own_text, fps=8., low_res=(18, 32), remainder=.065),
+                                     latents=128, latent_width=128, low_res=True, finish=24, **short), own_text, fps=8., low_res=(18, 32), remainder=.052),
     'small': ModelConfig(FITConfig(frames=16, height=36, width=64, patch=(1, 4, 4), group=(16, 9, 8), blocks=4, global_layers=2,
                                    patch_width=384, latents=256, latent_width=512, **short | dict(text_width=256, condition_width=384)),
                          own_text | dict(width=256), fps=8.),

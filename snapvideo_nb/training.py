@@ -113,10 +113,10 @@ class TrainConfig(Housekeeping, Average, Task, Schedule, Subject):
         for name, known in (('weight', ('paper', 'unit')), ('precision', ('bf16', 'tf32', 'fp32')), ('optimizer', ('adamw', 'lamb'))):
             if getattr(self, name) not in known: raise ValueError(f'{name} must be one of {", ".join(known)}, not {getattr(self, name)!r}')
 
-# %% ../nbs/09_training.ipynb #305d2fc4
+# %% ../nbs/09_training.ipynb #b4f75f08
 PAPER = dict(steps=550_000, batch=4096, lr=5e-3, optimizer='lamb', warmup=10_000, checkpoint_every=1000)  # Table 9, FIT
 RECIPES = {'mini': dict(data_options=dict(subjects=16, images=.1), steps=10_000, warmup=200, P_mean=-.5, weight='unit', self_conditioning=.3, checkpoint_every=250, fused_attention=False),
-           'mini-up': dict(first_stage='mini', data_options=dict(subjects=16, images=.1), steps=4000, batch=8, lr=1e-3, warmup=100, P_mean=-1., P_std=1.5, weight='unit', self_conditioning=0., checkpoint_every=250, fused_attention=False),
+           'mini-up': dict(first_stage='mini', data_options=dict(subjects=16, images=.1), steps=2500, batch=8, lr=1e-3, warmup=100, P_mean=-1., P_std=1.5, max_level=.25, weight='unit', self_conditioning=0., checkpoint_every=250, fused_attention=False),
            'fit-500m': PAPER, 'fit-3.9b': PAPER, 'fit-3.9b-up': PAPER | dict(steps=370_000, batch=320),
            'unet-85m': PAPER | dict(optimizer='adamw', lr=1e-4, betas=(.9, .999)), 'unet-284m': PAPER | dict(optimizer='adamw', lr=1e-4, betas=(.9, .999))}
 

@@ -19,10 +19,10 @@ def shrink(video: Float[Tensor, 'b 3 t H W'], height: int, width: int) -> Float[
     "Every frame averaged over areas, down to height x width."
     return F.interpolate(video.transpose(1, 2).flatten(0, 1), (height, width), mode='area').unflatten(0, (len(video), -1)).transpose(1, 2)
 
-# %% ../nbs/07b_upsampling.ipynb #dcd2cb38
+# %% ../nbs/07b_upsampling.ipynb #7a9213ae
 def enlarge(video: Float[Tensor, 'b 3 t h w'], height: int, width: int) -> Float[Tensor, 'b 3 t H W']:
-    "Every frame interpolated bilinearly, up to height x width."
-    return F.interpolate(video.transpose(1, 2).flatten(0, 1), (height, width), mode='bilinear').unflatten(0, (len(video), -1)).transpose(1, 2)
+    "Every frame enlarged by bicubic interpolation, to height x width. (Beside edges it may leave [-1, 1] a little.)"
+    return F.interpolate(video.transpose(1, 2).flatten(0, 1), (height, width), mode='bicubic').unflatten(0, (len(video), -1)).transpose(1, 2)
 
 # %% ../nbs/07b_upsampling.ipynb #be5c25b8
 def low_res_input(config: ModelConfig, clip: Float[Tensor, 'b 3 t h w'], level: float | Float[Tensor, 'b'], noise: Float[Tensor, 'b 3 t h w']) -> Float[Tensor, 'b 3 t H W']:

@@ -80,7 +80,7 @@ def test_an_upsampler_with_a_remainder_trains_and_samples_what_the_enlarged_clip
     up.config = replace(up.config, remainder=.2)
     level, noise = low_res_chances(config, range(4), TINY_UP)
     told = low_res_task(TINY_UP, batch.video, level, noise)
-    guess, spread = told['low_res']*(1 + level.view(-1, 1, 1, 1, 1)**2)**.5, (.04 + .4*level.view(-1, 1, 1, 1, 1)**2)**.5
+    guess, spread = told['low_res']*(1 + level.view(-1, 1, 1, 1, 1)**2)**.5, (.04 + .73*level.view(-1, 1, 1, 1, 1)**2)**.5
     sigma, chance, *_ = training.chances(config, range(4), batch.video.shape[1:])
     with torch.no_grad():
         loss = training.diffusion_loss(up.framework, up.network, (batch.video - guess)/spread, chance, sigma, up.conditions(batch.captions, batch.fps, batch.size, **told))[0]
