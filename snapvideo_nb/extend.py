@@ -177,7 +177,7 @@ def stages(frames: int, rates: tuple[float, ...], given: int = 0, length: int = 
         plan.append(Stage(rate, stride, [i*stride < given or bool(plan) and i % factor == 0 for i in range(count)]))
     return plan
 
-# %% ../nbs/12_extend.ipynb #dc234b20
+# %% ../nbs/12_extend.ipynb #be712b3d
 def long_video(model, prompts: list[str], seeds: list[int] | None = None, frames: int = 48, given: Float[Tensor, 'b 3 n h w'] | None = None,
                rates: tuple[float, ...] | None = None, overlap: int | None = None, weight: float | tuple[float, float] = 4.,
                **settings) -> Float[Tensor, 'b 3 frames h w']:
@@ -185,7 +185,8 @@ def long_video(model, prompts: list[str], seeds: list[int] | None = None, frames
     `overlap` frames before it (None: a quarter of a window); at every further rate, a whole multiple of the one before, new frames are filled between.
 
     `given`: the first frames at the last rate, fewer than `frames`; they come back unchanged. `weight`: of reconstruction guidance, as in `weight_for`.
-    `settings` as in `sample`, without fps, low_res, level, around and trajectory. Clip i depends on prompts[i], seeds[i] (default i), given[i] and the settings alone. ValueError for what does not fit."""
+    `settings` as in `sample`, without fps, low_res, level, around and trajectory. Clip i depends on prompts[i], seeds[i] (default i), given[i] and the settings
+    alone. ValueError for what does not fit, before anything is sampled."""
     prompts, rates = check_prompts(prompts), tuple(rates or (model.config.fps,))
     shape = len(prompts), 3, 0 if given is None else given.shape[2], *model.shape[2:]
     if given is not None and given.shape != shape:
@@ -200,7 +201,7 @@ def long_video(model, prompts: list[str], seeds: list[int] | None = None, frames
         videos, before = complete(model, prompts, timeline, known, seeds, overlap, number, weight, fps=rate, **settings), stride
     return videos[:, :, :frames]
 
-# %% ../nbs/12_extend.ipynb #6fade1cc
+# %% ../nbs/12_extend.ipynb #067991e5
 def at_rate(clip: Clip, fps: float) -> UInt8[np.ndarray, 'n h w 3']:
     """The frames of a clip at `fps` frames per second: from the first on, what is on screen at each moment. All of them where the rates differ by less than a hundredth, one of a picture.
     ValueError for a slower clip."""
@@ -216,8 +217,10 @@ def fitted(model, clips, fps: float | None = None) -> Float[Tensor, 'b 3 n h w']
     if isinstance(clips, Tensor): return clips.float().cpu()
     arrays = [(clip.frames if fps is None else at_rate(clip, fps)) if isinstance(clip, Clip) else np.asarray(clip) for clip in clips]
     arrays = [a[None] if a.ndim == 3 else a for a in arrays]
-    if wrong := [a for a in arrays if a.ndim != 4 or a.shape[-1] != 3 or a.dtype != np.uint8]: raise ValueError(f'a clip wants uint8 frames [n, H, W, 3], not {wrong[0].dtype} of shape {list(wrong[0].shape)}')
-    if len({len(a) for a in arrays}) != 1: raise ValueError(f'at least one clip is needed, and all with the same number of frames, not {sorted({len(a) for a in arrays})}')
+    if wrong := [a for a in arrays if a.ndim != 4 or a.shape[-1] != 3 or a.dtype != np.uint8]:
+        raise ValueError(f'a clip wants uint8 frames [n, H, W, 3], not {wrong[0].dtype} of shape {list(wrong[0].shape)}')
+    counts = sorted({len(a) for a in arrays})
+    if len(counts) != 1: raise ValueError(f'at least one clip is needed, and all with the same number of frames, not {counts}')
     return to_tensor(np.stack([resize(a, *model.shape[2:]) for a in arrays]))
 
 # %% ../nbs/12_extend.ipynb #546e5039
@@ -234,10 +237,11 @@ def animate(model, prompts: list[str], images, seeds: list[int] | None = None, f
     "Videos that begin with given pictures (as in `fitted`), `frames` long (None: the model's number). `options` and errors as in `long_video`."
     return long_video(model, prompts, seeds, model.shape[1] if frames is None else frames, fitted(model, images), weight=weight, **options)
 
-# %% ../nbs/12_extend.ipynb #814792cd
+# %% ../nbs/12_extend.ipynb #80d7c065
 def fill_between(model, prompts: list[str], clips, seeds: list[int] | None = None, factor: int = 2, rate: float | None = None, **options) -> Float[Tensor, 'b 3 frames h w']:
     """`clips` (as in `fitted`) of n frames with `factor` - 1 new ones between any two: (n - 1)*factor + 1 in all. `rate`: frames per second of the result, of which a `Clip` is taken
-    at 1/factor (None: of a first `Clip` its own times the factor, otherwise the model's own). `options` as in `complete`. ValueError for a factor or clips that leave nothing to fill, or a window with a single known frame."""
+    at 1/factor (None: of a first `Clip` its own times the factor, otherwise the model's own). `options` as in `complete`. ValueError for a factor or clips that leave nothing to fill, or a window
+    with a single known frame."""
     if rate is None: rate = clips[0].fps*factor if isinstance(clips, list) and clips and isinstance(clips[0], Clip) else model.config.fps
     frames = fitted(model, clips, rate/max(factor, 1))
     if factor < 2 or frames.shape[2] < 2: raise ValueError(f'filling needs a factor of at least 2 and at least 2 frames, not {factor} and {frames.shape[2]}')
