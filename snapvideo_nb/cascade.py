@@ -21,19 +21,19 @@ def second_seed(seed: int, use: int = 0) -> int:
     "A seed of a video's second stage, a function of the video's seed alone: for the noise that the large clip is made from (`use` 0), or that spoils the small one (1)."
     return int(np.random.SeedSequence(index(seed) % 2**64, spawn_key=(2 + use,)).generate_state(1, np.uint64)[0] >> 1)
 
-# %% ../nbs/11_cascade.ipynb #6b323e15
-def upsample(model: SnapVideo, prompts: list[str], videos: Float[Tensor, 'b 3 t h w'], seeds: list[int] | None = None, steps: int = 16, level: float | None = None,
+# %% ../nbs/11_cascade.ipynb #65e9f4bb
+def upsample(model: SnapVideo, prompts: list[str], videos: Float[Tensor, 'b 3 t h w'], seeds: list[int] | None = None, steps: int = 8, level: float | None = None,
              **settings) -> Float[Tensor, 'b 3 t H W']:
     """Small clips in [-1, 1] made large by an upsampler, with noise of `level` on them (None: the level that the model was found to work best with).
 
-    `settings` are those of `sample`; `sigma_min` and `sigma_max` are .002 and 80 times `model.config.spread(level)` unless told. Clip i depends on its own caption, small clip and seed (default i)
+    `settings` are those of `sample`; unless told, the solver is 'dpm++', and `sigma_min` and `sigma_max` are .1 and 80 times `model.config.spread(level)`. Clip i depends on its own caption, small clip and seed (default i)
     alone. ValueError for a model that is no upsampler, no clips or clips of another size than it enlarges, unequal counts, a negative level."""
     if not model.config.low_res: raise ValueError('this model is no upsampler: it takes no small clip')
     if not len(prompts) == len(videos) > 0: raise ValueError(f'as many captions as clips are needed, and at least one, got {len(prompts)} and {len(videos)}')
     level, seeds = model.config.level if level is None else level, list(range(len(videos)) if seeds is None else seeds)
     noise = seeded_noise([second_seed(seed, 1) for seed in seeds], videos.shape[1:], 0).to(videos)
     seen, spread = low_res_input(model.config, videos, level, noise), model.config.spread(level)
-    return sample(model, prompts, [second_seed(seed) for seed in seeds], steps, low_res=seen, level=level, **dict(sigma_min=.002*spread, sigma_max=80*spread) | settings)
+    return sample(model, prompts, [second_seed(seed) for seed in seeds], steps, low_res=seen, level=level, **dict(solver='dpm++', sigma_min=.1*spread, sigma_max=80*spread) | settings)
 
 # %% ../nbs/11_cascade.ipynb #6f320600
 def upsampler_folder(folder: str | Path, up: str | Path = 'auto') -> Path | None:
@@ -43,7 +43,7 @@ def upsampler_folder(folder: str | Path, up: str | Path = 'auto') -> Path | None
     beside = Path(folder).with_name(f'{Path(folder).name}-up')
     return beside if (beside/'config.json').exists() else None
 
-# %% ../nbs/11_cascade.ipynb #eb9eae66
+# %% ../nbs/11_cascade.ipynb #85903a83
 @dataclass
 class Cascade:
     "A model and, if there is one, its upsampler. ValueError for two that do not fit together."
@@ -62,7 +62,7 @@ class Cascade:
         above = upsampler_folder(folder, up)
         return cls(SnapVideo.from_pretrained(folder, device), SnapVideo.from_pretrained(above, device) if above else None)
 
-    def sample(self, prompts: list[str], seeds: list[int] | None = None, steps: int = 64, guidance=0., up_steps: int = 16, level: float | None = None, up_guidance=0.,
+    def sample(self, prompts: list[str], seeds: list[int] | None = None, steps: int = 64, guidance=0., up_steps: int = 8, level: float | None = None, up_guidance=0.,
                negative='', fps=None, size=None, micro_batch: int = 1, progress: bool = False, **settings) -> Float[Tensor, 'b 3 t H W']:
         """Videos for captions, as large as the last stage makes them. `up_steps`, `level`, `up_guidance` are the second stage's; `negative`, `fps`, `size`, `micro_batch` and `progress` are told to both; `settings` are those
         of `sample` for the first. ValueError as in `sample` and `upsample`, and for a `trajectory`, which belongs to one stage."""

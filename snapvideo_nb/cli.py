@@ -146,7 +146,7 @@ def numbers(name: str, text: str) -> list[float]:
     for number in found: at_least(0, **{name: number})
     return found
 
-# %% ../nbs/18_cli.ipynb #42125e2e
+# %% ../nbs/18_cli.ipynb #a849e0fb
 @dataclass
 class Stages:
     "Longer, larger, or from something that is there: the options of the chapters on extension and upsampling."
@@ -166,8 +166,8 @@ class Stages:
     a model that knows several."""
     up: Annotated[str, arg(metavar='auto|none|NAME|FOLDER')] = 'auto'
     "The upsampler: the one that lies beside the model as NAME-up if there is one, none, or another."
-    up_steps: int = 16
-    "Steps of the upsampler (heun)."
+    up_steps: int = 8
+    "Steps of the upsampler (dpm++)."
     level: Annotated[float | None, arg(metavar='LEVEL')] = None
     "Standard deviation of the noise added to the small clip for the upsampler (pixels go from -1 to 1); the upsampler's own best, unless given."
 

@@ -212,11 +212,11 @@ class FirstStage:
         if not self.extend: return long_video(self.model, captions, **options)
         return self.extend(self.model, captions, self.given.expand(len(captions), -1, -1, -1, -1), **options)
 
-# %% ../nbs/12b_outputs.ipynb #2442fe62
+# %% ../nbs/12b_outputs.ipynb #49ec7fca
 class SecondStage:
     """An upsampler at work: `stage(videos, captions, seeds, batch, tick) -> videos [b, 3, t, H, W]`, in `steps` steps, with noise of `level` (None: the upsampler's own)
     on the small clips; of a longer video windows that share a quarter."""
-    def __init__(self, model: SnapVideo, steps: int = 16, level: float | None = None, fps: float = 24.):
+    def __init__(self, model: SnapVideo, steps: int = 8, level: float | None = None, fps: float = 24.):
         self.model, self.steps, self.level, self.fps = model, steps, model.config.level if level is None else level, fps
         self.length, self.overlap = model.shape[1], model.shape[1]//4
 
@@ -243,7 +243,7 @@ def model_digest(folder: Path) -> str:
     "`short_digest` of what decides a model's clips: config.json, model.safetensors and, if it is there, tokenizer.json."
     return short_digest(*(path for name in ('config.json', 'model.safetensors', 'tokenizer.json') if (path := folder/name).exists()))
 
-# %% ../nbs/12b_outputs.ipynb #27c4631a
+# %% ../nbs/12b_outputs.ipynb #b8476004
 class Producer:
     """What makes videos exactly as a recipe says: `producer(captions, seeds, batch, tick) -> videos [b, 3, t, h, w]`.
 
@@ -259,7 +259,7 @@ class Producer:
         self.fps = float(settings.get('fps') or (rates or [self.model.config.fps])[-1])
         if rates and rates[-1] != self.fps: raise ValueError(f'a video has the last of its rates, {rates[-1]:g} frames per second, and not {self.fps:g}')
         self.recipe = dict(solver='heun') | {name: value for name, value in settings.items() if value is not None} | dict(fps=self.fps, weights=model_digest(folder))
-        steps, level = self.recipe.pop('up_steps', 16), self.recipe.pop('level', None)
+        steps, level = self.recipe.pop('up_steps', 8), self.recipe.pop('level', None)
         above_name = str(Path(model).with_name(above.name)) if above and up == 'auto' else str(up)
         self.made = dict(snapvideo=__version__, torch=torch.__version__, device=torch.device(device).type, model=str(model), up=above_name if above else 'none')
         self.first = FirstStage(self.model, self.recipe, clip, image)
