@@ -1,0 +1,159 @@
+"""What makes `mini` learn on two cores: trials of equal processor time, each from nothing, each a few settings away from another; not part of the tests.
+
+    python tests/bench_recipe.py                      # all trials that have no record yet, eight minutes of one thread each; may be cut between trials
+    python tests/bench_recipe.py patch34 lamb         # these
+    python tests/bench_recipe.py --profile            # where the time of a training step goes
+
+A trial measures its own seconds per step, takes as many steps as fit into the budget (the learning rate falls to its end within them), and leaves data/results/recipe/NAME.json: settings, steps, the training loss by noise level, and the
+error of its averaged weights on 64 held-out clips (mean square over all values of a clip in [-1, 1]) at nine effective noise levels sigma*sigma_in, for the right caption, for one with another motion, and for none; and what the caption
+judge reads off 32 samples.
+
+Training clips: Emoji(subjects=16, images=.1), seed 0. Held-out clips: Emoji(subjects=16, split="held_out", seed=7), numbers 0 to 63, noise of seed 5. Samples: captions 0 to 31 of these, seeds 1000 and up, 16 Heun steps, guidance 1."""
+import argparse, json, os, sys, tempfile, time
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from statistics import median
+os.environ.setdefault('OMP_NUM_THREADS', '1')
+
+import torch
+from snapvideo_nb.blocks import plain_attention
+from snapvideo_nb.data import Emoji, describe
+from snapvideo_nb.metrics import CaptionJudge
+from snapvideo_nb.model import PRESETS
+from snapvideo_nb.runs import provenance, write_text
+from snapvideo_nb.sampling import sample
+from snapvideo_nb.training import Alone, TrainConfig, Trainer, TrainingClips, loss_by_noise, open_clips, take_step
+from snapvideo_nb.video import to_tensor
+
+RESULTS = Path(__file__).resolve().parent.parent/'data'/'results'
+LEVELS = (.25, .5, 1, 2, 4, 8, 16, 32, 64)
+OTHER = {'left': 'right', 'right': 'left', 'up': 'down', 'down': 'up', 'up left': 'down right', 'up right': 'down left', 'down left': 'up right', 'down right': 'up left',
+         'bounce': 'zoom in', 'orbit': 'zoom out', 'zoom in': 'zoom out', 'zoom out': 'zoom in', 'shake': 'bounce', 'still': 'orbit'}
+
+FIRST = dict(net=dict(patch=(1, 6, 4), patch_width=192), train=dict(lr=2e-3, P_mean=-.5, P_std=1.2, self_conditioning=.3))
+NOISE = dict(P_mean=1., P_std=1.5)
+PLAIN = dict(net=dict(finish=16), train=NOISE | dict(self_conditioning=0.))
+LAST = dict(net=dict(patch=(1, 3, 4), patch_width=128, finish=16), train=dict(lr=1.5e-3, P_mean=.7, P_std=1.5, self_conditioning=.1, data_options=dict(subjects=16, images=.1, stride=(1, 1, 2))))
+def after(base, **change): return {key: base.get(key, {}) | change.get(key, {}) for key in ('net', 'train')}
+def net(**sizes): return after(PLAIN, net=sizes)
+def train(**settings): return after(LAST, train=settings)
+
+TRIALS = dict(
+    first={}, noise_half=dict(train=dict(P_mean=.5)), noise_1=dict(train=NOISE), noise_2=dict(train=dict(P_mean=2., P_std=1.8)), no_latents=dict(train=NOISE | dict(self_conditioning=0.)), rate_4=dict(train=NOISE | dict(lr=4e-3)),
+    finish=dict(net=dict(finish=16), train=NOISE), plain=PLAIN, rate_1=after(PLAIN, train=dict(lr=1e-3)), batch_8=after(PLAIN, train=dict(batch=8)),
+    local_2=net(local_layers=2), blocks_4=net(blocks=4), latents_192=net(latent_width=192), width_256=net(patch_width=256), heads_32=net(patch_head=32, latent_head=32), patch_time=net(patch=(2, 6, 4), group=(8, 3, 8)),
+    patch_34=net(patch=(1, 3, 4), patch_width=128), last=LAST,
+    paper_weight=train(weight='paper'), lamb=train(optimizer='lamb', lr=1e-2), captions_kept=train(label_dropout=0.), average_short=train(ema_ramp=.01), all_subjects=train(data_options=dict(images=.1, stride=(1, 1, 2))))
+
+
+def settings(name: str, run) -> tuple:
+    "The model's configuration and the training run of a trial."
+    change = TRIALS[name]
+    preset = PRESETS['mini']
+    model = replace(preset, network=replace(preset.network, **dict(finish=0) | FIRST['net'] | change.get('net', {})))
+    told = dict(data_options=dict(subjects=16, images=.1), warmup=200, weight='unit', fused_attention=False, workers=1, sample_every=0, checkpoint_every=10**9)
+    return model, TrainConfig(run=str(run), preset='mini', **told | FIRST['train'] | change.get('train', {}))
+
+
+@cache
+def held():
+    "Held-out clips, their captions, and captions with another motion."
+    world = Emoji(subjects=16, split='held_out', seed=7)
+    clips = [world[i] for i in range(64)]
+    other = [describe(dict(c.truth, motion=OTHER[c.truth['motion']], speed=c.truth['speed'] or 'quickly')) for c in clips]
+    return world, torch.stack([to_tensor(c.frames) for c in clips]), [c.caption for c in clips], other
+
+
+@torch.no_grad()
+def errors(model) -> dict:
+    "Mean square error on the held-out clips at each effective noise level, with the caption, with a wrong motion, without a caption."
+    _, video, captions, other = held()
+    noise, found = torch.randn(video.shape, generator=torch.Generator().manual_seed(5)), {}
+    asked = dict(said=model.conditions(captions), swapped=model.conditions(other), none=model.conditions(captions).without_text())
+    for level in LEVELS:
+        sigma = torch.full((len(video),), level/model.framework.sigma_in)
+        x = model.framework.diffuse(video, noise, sigma)
+        def error(told): return (torch.cat([model(x[i:i + 16], sigma[i:i + 16], told[i:i + 16])[0] for i in range(0, len(video), 16)]) - video).square().mean().item()
+        found[level] = {kind: round(error(told), 5) for kind, told in asked.items()}
+    return found
+
+
+def judged(model) -> dict:
+    world, programs = held()[0], [held()[0].program(i) for i in range(32)]
+    video = sample(model, [p['caption'] for p in programs], list(range(1000, 1032)), 16, 1., micro_batch=4)
+    found = CaptionJudge(folder=RESULTS/'metrics').accuracy(video, programs)
+    return {key: [found[key]['right'], found[key]['count']] for key in ('background', 'subject', 'shape', 'motion', 'speed')}
+
+
+def steps_of(config: TrainConfig, steps: int, watch):
+    "Train from nothing for so many steps; `watch(trainer)` after each. Returns the trainer."
+    clips, team = open_clips(config), Alone('cpu')
+    trainer, source = Trainer(replace(config, steps=steps), clips, team), TrainingClips(clips, config.seed)
+    with plain_attention(not config.fused_attention):
+        for batch, _ in source.portions(team.rows(config.batch), range(steps), config.batch, 1):
+            take_step(trainer, batch)
+            watch(trainer)
+    return trainer
+
+
+def trial(name: str, seconds: float) -> dict:
+    "One trial: its record."
+    with tempfile.TemporaryDirectory() as folder:
+        model, config = settings(name, Path(folder)/'run')
+        Path(config.run).mkdir()
+        kept, PRESETS['mini'] = PRESETS['mini'], model
+        try:
+            ends, curve = [], []
+            steps_of(config, 14, lambda trainer: ends.append(time.process_time()))
+            per_step = median(b - a for a, b in zip(ends[3:], ends[4:]))
+            began = time.process_time()
+            def watch(trainer):
+                p = trainer.progress
+                if p.step % 100 and p.step != steps: return
+                curve.append(dict(step=p.step, cpu_seconds=round(time.process_time() - began), loss=round(sum(p.losses)/len(p.losses), 5), by_noise=loss_by_noise(torch.tensor(p.losses), torch.tensor(p.sigmas))))
+                p.losses, p.sigmas = [], []
+            steps = max(20, int(seconds/per_step))
+            trainer = steps_of(config, steps, watch)
+        finally: PRESETS['mini'] = kept
+    average = trainer.average.eval()
+    return dict(protocol=provenance(f'python tests/bench_recipe.py {name}', budget=seconds), change=TRIALS[name], steps=steps, clips=steps*config.batch, cpu_seconds=round(time.process_time() - began), per_step=round(per_step, 4),
+                parameters=sum(p.numel() for p in average.parameters()), curve=curve, errors=errors(average), judged=judged(average))
+
+
+def profile(name: str = 'last', steps: int = 6) -> dict:
+    "Share of a step's processor time by kind of operation, largest first."
+    from torch.profiler import ProfilerActivity, profile as recorded
+    with tempfile.TemporaryDirectory() as folder:
+        model, config = settings(name, Path(folder)/'run')
+        Path(config.run).mkdir()
+        kept, PRESETS['mini'] = PRESETS['mini'], model
+        try:
+            with recorded(activities=[ProfilerActivity.CPU]) as seen: steps_of(config, steps, lambda trainer: None)
+        finally: PRESETS['mini'] = kept
+    times = {event.key: event.self_cpu_time_total for event in seen.key_averages()}
+    total = sum(times.values())
+    return dict(protocol=provenance('python tests/bench_recipe.py --profile', trial=name, steps=steps), shares={key: round(t/total, 4) for key, t in sorted(times.items(), key=lambda item: -item[1]) if t > .005*total})
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('names', nargs='*', help=f'trials: {", ".join(TRIALS)} (default: all)')
+    parser.add_argument('--seconds', type=float, default=480, help='processor seconds of a trial (default: 480)')
+    parser.add_argument('--folder', type=Path, default=RESULTS/'recipe', help='where the records lie (default: data/results/recipe)')
+    parser.add_argument('--force', action='store_true', help='measure again what is there')
+    parser.add_argument('--profile', action='store_true', help='only the profile of a step')
+    o = parser.parse_args()
+    if unknown := [name for name in o.names if name not in TRIALS]: parser.error(f'no such trial: {", ".join(unknown)}; there are: {", ".join(TRIALS)}')
+    torch.set_num_threads(1)
+    o.folder.mkdir(parents=True, exist_ok=True)
+    todo = {'profile': profile} if o.profile else {name: lambda name=name: trial(name, o.seconds) for name in o.names or TRIALS}
+    for name, make in todo.items():
+        path = o.folder/f'{name}.json'
+        if path.exists() and not o.force: continue
+        told = make()
+        write_text(path, json.dumps(told, indent=1))
+        print(name, json.dumps({key: value for key, value in told.items() if key in ('steps', 'per_step', 'parameters', 'judged', 'shares')}), flush=True)
+
+
+if __name__ == '__main__': main()
