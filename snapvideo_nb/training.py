@@ -5,17 +5,19 @@
 # %% auto #0
 __all__ = ['PAPER', 'RECIPES', 'TIME', 'SIGNAL', 'Subject', 'Schedule', 'Task', 'Average', 'Housekeeping', 'TrainConfig',
            'recipe', 'learning_rate', 'local', 'Lamb', 'make_optimizer', 'moments', 'ema_decay', 'step_seed', 'chances',
-           'low_res_chances', 'TrainingClips', 'quiet', 'previous_latents', 'autocast', 'products', 'training_loss',
-           'base_config', 'open_clips', 'first_captions', 'start_model', 'loss_by_noise', 'Progress', 'read_config',
-           'Run', 'questions', 'save_samples', 'Alone', 'Trainer', 'gradient', 'take_step', 'keep_refused', 'Books',
-           'loop', 'try_samples', 'loader_watched', 'train', 'conclude', 'averaged_model', 'tuning_recipe']
+           'low_res_chances', 'TrainingClips', 'quiet', 'previous_latents', 'autocast', 'products', 'Frame',
+           'clip_losses', 'training_loss', 'base_config', 'open_clips', 'first_captions', 'start_model',
+           'loss_by_noise', 'Progress', 'read_config', 'Run', 'questions', 'save_samples', 'Alone', 'Trainer',
+           'gradient', 'take_step', 'keep_refused', 'Books', 'loop', 'try_samples', 'loader_watched', 'train',
+           'conclude', 'averaged_model', 'tuning_recipe']
 
-# %% ../nbs/09_training.ipynb #16d45720
+# %% ../nbs/09_training.ipynb #165ad21e
 import copy, json, math, signal, statistics, time, warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
 import numpy as np, torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -25,7 +27,7 @@ from tqdm.auto import tqdm
 from jaxtyping import Float
 from .blocks import plain_attention
 from .data import open_data
-from .diffusion import NoiseDistribution, diffusion_loss
+from .diffusion import NoiseDistribution, ScaledEDM, diffusion_loss
 from .model import PRESETS, ModelConfig, SnapVideo, weights_folder
 from .runs import Checkpoints, Lines, Log, StopRequest, Stopped, load_tensors, only_writer, write_text
 from .sampling import sample
@@ -60,13 +62,14 @@ class Schedule:
     weight_decay: float = .01  # Decoupled weight decay (the paper's).
     clip_norm: float = 1.  # Largest norm of the gradient.
 
-# %% ../nbs/09_training.ipynb #2fe2f443
+# %% ../nbs/09_training.ipynb #339de153
 @dataclass(frozen=True)
 class Task:
     "What is asked of the network about a clip: the third group of `TrainConfig`'s fields."
     P_mean: float = -1.2  # Mean of ln sigma.
     P_std: float = 1.2  # Standard deviation of ln sigma.
     weight: str = 'paper'  # Weight of the loss over sigma: 'paper' (w of Table 1) or 'unit' (1).
+    images: str = 'videos'  # What an image is: a 'videos' of infinite frame rate, as in the paper, or 'images' with an input scale of 1 (its ablation iv).
     label_dropout: float = .1  # Share of clips whose caption is dropped.
     self_conditioning: float = .9  # Share of clips that get latents of an extra evaluation.
     max_level: float = .5  # An upsampler's small clips get noise of a level drawn evenly from 0 to this.
@@ -98,7 +101,7 @@ class Housekeeping:
     patience: int = 10  # Stop after so many steps in a row that were not taken.
     max_seconds: float | None = None  # Stop early after so many seconds of training; the same command continues.
 
-# %% ../nbs/09_training.ipynb #df730a47
+# %% ../nbs/09_training.ipynb #f88cc45b
 @dataclass(frozen=True)
 class TrainConfig(Housekeeping, Average, Task, Schedule, Subject):
     """A training run. The same configuration run again continues where the run stopped. ValueError for values that cannot work."""
@@ -110,7 +113,7 @@ class TrainConfig(Housekeeping, Average, Task, Schedule, Subject):
         refuse(('seed', 'warmup', 'workers', 'shards', 'sample_every', 'max_level'), lambda n: n < 0, 'at least 0')
         refuse(('lr', 'P_std', 'clip_norm', 'ema_halflife', 'ema_ramp', 'spike'), lambda x: not x > 0, 'positive')
         refuse(('label_dropout', 'self_conditioning', 'final_lr'), lambda x: not 0 <= x <= 1, 'from 0 to 1')
-        for name, known in (('weight', ('paper', 'unit')), ('precision', ('bf16', 'tf32', 'fp32')), ('optimizer', ('adamw', 'lamb'))):
+        for name, known in (('weight', ('paper', 'unit')), ('images', ('videos', 'images')), ('precision', ('bf16', 'tf32', 'fp32')), ('optimizer', ('adamw', 'lamb'))):
             if getattr(self, name) not in known: raise ValueError(f'{name} must be one of {", ".join(known)}, not {getattr(self, name)!r}')
 
 # %% ../nbs/09_training.ipynb #b4f75f08
@@ -264,7 +267,23 @@ def products(precision: str):
     finally:
         for switch, value in zip(switches, was): switch.allow_tf32 = value
 
-# %% ../nbs/09_training.ipynb #dcc77755
+# %% ../nbs/09_training.ipynb #aa756dca
+class Frame:
+    "A network asked about an image that is no video: what it says of the frames is averaged."
+    def __init__(self, network): self.network, self.self_conditioned = network, getattr(network, 'self_conditioned', False)
+
+    def __call__(self, *inputs):
+        F, latents = self.network(*inputs)
+        return F.mean(2, keepdim=True).expand_as(F), latents
+
+def clip_losses(network, framework: ScaledEDM, video, noise, sigma, conditions, keep, config: TrainConfig) -> Float[Tensor, 'b']:
+    "The loss of each clip, those that are to `keep` [b] latents given the ones of an extra evaluation."
+    latents = None
+    if config.self_conditioning:
+        with autocast(config): latents = previous_latents(SimpleNamespace(network=network, framework=framework), framework.diffuse(video, noise, sigma), sigma, conditions, keep)
+    with autocast(config): return diffusion_loss(framework, network, video, noise, sigma, conditions, latents, config.weight)[0]
+
+# %% ../nbs/09_training.ipynb #4c7a7ebf
 def training_loss(model: SnapVideo, batch: Batch, config: TrainConfig, step: int, rows: range | None = None) -> tuple[Float[Tensor, 'b'], Float[Tensor, 'b']]:
     "The loss of each clip of a step's batch (or of some `rows` of it), and its noise level: [b], [b]. All chance comes from (seed, number of the clip), dropout inside the network from (seed, step, first row)."
     rows = range(len(batch)) if rows is None else rows
@@ -275,11 +294,13 @@ def training_loss(model: SnapVideo, batch: Batch, config: TrainConfig, step: int
     told = low_res_task(model.config, batch.video, *(t.to(config.device) for t in low_res_chances(config, numbers, model.config))) if model.config.low_res else {}
     with autocast(config): conditions = model.conditions(batch.captions, batch.fps, batch.size, **told).drop_text(drop)
     known, spread = model.known(conditions)
-    video, latents = (batch.video - known)/spread, None
-    if config.self_conditioning:
-        with autocast(config): latents = previous_latents(model, model.framework.diffuse(video, noise, sigma), sigma, conditions, keep)
-    with autocast(config):
-        return diffusion_loss(model.framework, model.network, video, noise, sigma, conditions, latents, config.weight)[0], sigma
+    video, still = (batch.video - known)/spread, batch.fps.isinf() if config.images == 'images' else torch.zeros_like(drop)
+    loss = lambda network, framework, noise, r=slice(None): clip_losses(network, framework, video[r], noise[r], sigma[r], conditions[r], keep[r], config)
+    if not still.any(): return loss(model.network, model.framework, noise), sigma
+    found = torch.empty_like(sigma)
+    found[still] = loss(Frame(model.network), replace(model.framework, sigma_in=1.), noise[:, :, :1].expand_as(noise), still)
+    if not still.all(): found[~still] = loss(model.network, model.framework, noise, ~still)
+    return found, sigma
 
 # %% ../nbs/09_training.ipynb #e7d50af6
 def base_config(config: TrainConfig) -> ModelConfig:
@@ -428,10 +449,11 @@ class Alone:
     def close(self):
         "Part company."
 
-# %% ../nbs/09_training.ipynb #4bd9ad15
+# %% ../nbs/09_training.ipynb #9e505190
 class Trainer:
     "Model, average, optimizer and progress of a run, as one process of a team holds them. ValueError when a batch does not divide among processes and parts."
     def __init__(self, config: TrainConfig, clips, team: Alone):
+        if config.images == 'images' and team.world > 1: raise ValueError("images='images' trains in one process only")
         if config.batch % (team.world*config.accumulate): raise ValueError(f'a batch of {config.batch} does not divide among {team.world} processes x {config.accumulate} parts')
         self.config, self.team, self.progress = config, team, Progress()
         model = start_model(config, clips).train()
