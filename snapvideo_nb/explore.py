@@ -21,7 +21,7 @@ from .data import Shapes, data_folder
 from .diffusion import ScaledEDM, input_scale
 from .video import read_video, to_frames, to_tensor
 
-# %% ../nbs/17_explore.ipynb #02181d82
+# %% ../nbs/17_explore.ipynb #564d1a88
 COLOURS = dict(blue='#0072b2', red='#d55e00', green='#009e73', pink='#cc79a7', sky='#56b4e9', yellow='#e69f00', ink='#333333', grey='#999999')
 
 def words(text: str, x: float, y: float, colour: str = 'ink', size: float = 12, anchor: str = 'start') -> str:
@@ -31,7 +31,7 @@ def words(text: str, x: float, y: float, colour: str = 'ink', size: float = 12, 
 def tile(pixels: UInt8[np.ndarray, 'h w 3'], x: float, y: float, width: float, label: str = '') -> str:
     "Pixels as an SVG image `width` units wide, enlarged without blur, its label above."
     file = io.BytesIO()
-    Image.fromarray(np.ascontiguousarray(pixels)).save(file, 'png', compress_level=1)
+    Image.fromarray(np.ascontiguousarray(pixels)).save(file, 'png')
     data, height = base64.b64encode(file.getvalue()).decode(), width*pixels.shape[0]/pixels.shape[1]
     image = f'<image x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}" preserveAspectRatio="none" style="image-rendering:pixelated" href="data:image/png;base64,{data}"/>'
     return image + (words(label, x, y - 4) if label else '')
