@@ -6,10 +6,10 @@
 __all__ = ['COMMANDS', 'one_line', 'parse', 'at_least', 'free', 'choose_device', 'warn_unknown', 'Wishes', 'Settings', 'numbers',
            'Stages', 'Output', 'Sample', 'as_words', 'from_file', 'sample_command', 'preset_facts', 'Presets',
            'literal', 'option', 'train_command', 'print_table', 'ScaleOptions', 'Scale', 'ClipOptions', 'DataShow',
-           'DataMeasure', 'empty', 'DataEmoji', 'DataFilm', 'overview', 'choose', 'do', 'main']
+           'DataMeasure', 'empty', 'DataEmoji', 'DataFilm', 'Ablate', 'overview', 'choose', 'do', 'main']
 
-# %% ../nbs/18_cli.ipynb #37317c58
-import ast, contextlib, difflib, io, json, os, re, sys, traceback, warnings
+# %% ../nbs/18_cli.ipynb #d02b9c0b
+import ast, contextlib, difflib, io, json, os, re, sys, tempfile, traceback, warnings
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated
@@ -570,12 +570,83 @@ class DataFilm:
         rows = build_film(self.out, self.downloads, self.height, self.width, force=self.force)
         print(f'{len(rows)} shots in {self.out}')
 
-# %% ../nbs/18_cli.ipynb #ba974a85
+# %% ../nbs/18_cli.ipynb #adf6965e
+@dataclass
+class Ablate:
+    """Repeat the paper's ablations in small: train, sample and judge the conditions of a study, with several seeds each.
+
+    Without a STUDY the part that is meant for two CPU cores: some twenty trainings of ten minutes on two idle cores. Members with a record are skipped, an
+    interrupted one goes on. Prints a table of what there is, and the claims with their verdicts."""
+    study: Annotated[Positional[str], arg(metavar='diffusion|architecture|design|redundancy|pace')] = ''
+    "Which study. pace measures how many clips other networks train in the time of the setting's own (on an idle machine), for conditions of equal time."
+    conditions: tuple[str, ...] = ()
+    "Only these conditions of the study; --list names them."
+    seeds: Annotated[str, arg(metavar='SEEDS')] = '0-2'
+    "Seeds of the trainings: 0, or 0-2 (both included), or 0,3."
+    preset: Annotated[str, arg(metavar='reduced|small|film')] = 'reduced'
+    "The setting: reduced (two CPU cores), small (one GPU), film (one GPU, on film)."
+    device: Annotated[str, arg(metavar='cpu|cuda|...')] = ''
+    "Where to compute; what the setting is made for, unless given."
+    list_: Annotated[bool, arg(name='list')] = False
+    "Only list what would be run, and what there is already."
+    dry: bool = False
+    "Two steps and eight samples of everything, in a folder that is thrown away: does it run here?"
+    out: Path = Path('data/results/ablations')
+    "Folder for the records; made when it is missing."
+    runs: Path = Path('runs/ablations')
+    "Folder for the trainings."
+
+    def members(self, out: Path, runs: Path) -> list:
+        "What is asked for, after ValueError for names and numbers that cannot work."
+        from snapvideo_nb.ablations import SETTINGS, members
+        from snapvideo_nb.outputs import parse_seeds
+        if self.preset not in SETTINGS: raise ValueError(f'--preset must be one of {", ".join(SETTINGS)}, not {self.preset!r}')
+        changes = dict(device=str(choose_device(self.device or SETTINGS[self.preset].train.get('device', 'cpu')))) if not self.list_ else {}
+        return members(self.study, self.preset, self.conditions, parse_seeds(self.seeds), out=out, runs=runs, dry=self.dry, **changes)
+
+    def run(self):
+        "Run, list or measure."
+        if self.study == 'pace': return self.pace()
+        with contextlib.ExitStack() as stack:
+            scratch = Path(stack.enter_context(tempfile.TemporaryDirectory())) if self.dry else None
+            todo = self.members(scratch/'out' if self.dry else self.out, scratch/'runs' if self.dry else self.runs)
+            if self.list_: return print_table([['study', 'condition', 'seed', 'record', 'what'], *([m.study, m.name, str(m.seed), str(m.path) if m.path.exists() else '-', m.condition.says] for m in todo)])
+            self.train(todo)
+            self.report(todo[0].path.parents[2])
+
+    def train(self, todo: list):
+        "Train and examine, one after another; exit code 75 when asked to stop."
+        from snapvideo_nb.ablations import judge_of, run
+        from snapvideo_nb.runs import Stopped
+        judge = None if self.dry or all(member.path.exists() for member in todo) else judge_of(self.preset, self.out.parent/'metrics')
+        for number, member in enumerate(todo, 1):
+            print(f'snapvideo: {number} of {len(todo)}: {member.study}, {member.name}, seed {member.seed}' + (', has a record' if member.path.exists() else ''), file=sys.stderr)
+            try: run(member, judge)
+            except (Stopped, ChildProcessError) as error:
+                print(f'snapvideo: {one_line(error)}', file=sys.stderr)
+                raise SystemExit(75) from None
+
+    def report(self, out: Path):
+        "Print the records of the setting, and the verdicts on the claims that they bear on."
+        from snapvideo_nb.ablations import CLAIMS, read_records, summary, verdict
+        records = read_records(out, self.preset)
+        print_table(summary(records))
+        for found in (verdict(claim, records) for claim in CLAIMS):
+            if found['verdict'] != 'not run': print(f'{found["says"]} [{found["figure"]}]: {found["verdict"]} ({found["reason"]})')
+
+    def pace(self):
+        "Measure and print the file."
+        from snapvideo_nb.ablations import SETTINGS, measure_pace
+        if self.preset not in SETTINGS: raise ValueError(f'--preset must be one of {", ".join(SETTINGS)}, not {self.preset!r}')
+        print(measure_pace(self.preset, self.out, self.runs/'pace', device=str(choose_device(self.device or SETTINGS[self.preset].train.get('device', 'cpu')))))
+
+# %% ../nbs/18_cli.ipynb #b018aeb6
 COMMANDS = {  # what it does, and what it needs: a function of its words that gives (configuration, what to do with it)
     'sample': ('turn captions into videos', sample_command),
     'train': ('train a model, or go on training it', train_command),
     'presets': ('list the models that can be trained', lambda words: (Presets, Presets.run)),
     'scale': ('time and weigh models on this machine', lambda words: (Scale, Scale.run)),
+    'ablate': ('repeat the paper\'s ablations in small', lambda words: (Ablate, Ablate.run)),
     'data show': ('look at a data set', lambda words: (DataShow, DataShow.run)),
     'data measure': ('measure the input scale that your own clips ask for', lambda words: (DataMeasure, DataMeasure.run)),
     'data emoji': ('make the animated emoji set from its packages', lambda words: (DataEmoji, DataEmoji.run)),
