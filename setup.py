@@ -30,7 +30,7 @@ setup(
         *(f'Programming Language :: Python :: {python}' for python in pythons)],
     python_requires='>=' + field['min_python'],
     install_requires=field['requirements'].split(),
-    extras_require={'dev': field['dev_requirements'].split()},
+    extras_require={'dev': field['dev_requirements'].split(), 'explore': field['explore_requirements'].split()},
     entry_points={'console_scripts': field['console_scripts'].split()},
     # The measured results live in data/ and travel inside the package, so that what plots them works without a checkout.
     packages=['snapvideo_nb', 'snapvideo_nb.results'],
