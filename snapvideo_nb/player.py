@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['film_of', 'VIEWS', 'CAPTION', 'STUDY', 'PAGE', 'Run', 'record_run', 'replay', 'Film', 'PlayerState', 'grid_panel',
            'now_panel', 'change_panel', 'player', 'results_folder', 'base_runs', 'strips_record', 'record_model',
-           'record_path', 'load_record', 'keep_record', 'sprites', 'player_page', 'export_player']
+           'record_path', 'load_record', 'record_home', 'keep_record', 'sprites', 'player_page', 'export_player']
 
 # %% ../nbs/17b_player.ipynb #5efc88bf
 import base64, io, json, math
@@ -181,7 +181,7 @@ def strips_record(model, caption: str, tick: Callable = lambda: None, study: dic
             kept[f'{solver} {steps}'] = dict(frames=pack(grains(video[:, :, frames])), rms=None if solver == 'churn' else float((video - fine).square().mean().sqrt()))
     return dict(caption=caption, seeds=seeds, guidance=1., reference=f'heun {study["fine"]}', clips=kept, fine=pack(grains(fine[:, :, frames])))
 
-# %% ../nbs/17b_player.ipynb #51de1b7a
+# %% ../nbs/17b_player.ipynb #b0d1df55
 def record_model(name: str = 'mini', captions: list[str] | None = None, device=None, tick: Callable = lambda done, total: None) -> dict:
     """Everything that the widgets show of a model: 'runs', 'strips' and, where the emoji set is at hand, 'noise', with a 'protocol' that holds the digest of its weights.
     A minute on one CPU core for `mini`; `tick(done, total)` follows it. ValueError for an upsampler, errors of `SnapVideo.from_pretrained`."""
@@ -213,6 +213,11 @@ def load_record(name: str = 'mini', captions: list[str] | None = None, kept: Pat
         record = json.loads(path.read_text('utf-8'))
         return record | dict(runs=[Run.from_dict(run) for run in record['runs']])
     except (ValueError, KeyError, TypeError) as error: raise ValueError(f'{path}: damaged record ({type(error).__name__})') from None
+
+def record_home(name: str = 'mini', captions: list[str] | None = None) -> Path:
+    "Where a record that is made belongs: for the model that ships, in a checkout, data/results/explore; else the user's cache."
+    own = results_folder()/f'{name}.json'
+    return own if not captions and own.exists() and own.parents[2].name == 'data' else record_path(name, captions)
 
 def keep_record(record: dict, path: Path) -> Path:
     "Write a record, whole or not at all."
