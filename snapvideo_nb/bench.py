@@ -7,7 +7,7 @@ __all__ = ['MIXTURE', 'POINTS', 'RANKS', 'EXACT', 'SOLVER_LOOK', 'STEPS', 'WIDTH
            'TRAINING_STEPS', 'CARD', 'rank', 'at_rank', 'BenchState', 'bench_run', 'draw_floor', 'path_panel',
            'exact_paths', 'ends_panel', 'evaluations_panel', 'clips_panel', 'bench', 'AnatomyState', 'locate',
            'attention_maps', 'law', 'fit_law', 'along', 'scaled_network', 'count_all', 'load_counts', 'grid_of_latents',
-           'patches_panel', 'bars', 'anatomy', 'measured_rates', 'ScalingState', 'bill', 'scaling']
+           'patches_panel', 'short', 'bars', 'anatomy', 'measured_rates', 'ScalingState', 'bill', 'scaling']
 
 # %% ../nbs/17c_bench.ipynb #8c2f7cbd
 import json, math
@@ -84,7 +84,7 @@ def draw_floor(draws: int = 20) -> float:
     "Mean `w1` of POINTS independent exact samples, over some seeded draws."
     return float(torch.stack([(MIXTURE.sample(POINTS, torch.Generator().manual_seed(i))[:, 0].sort().values - EXACT).abs().mean() for i in range(draws)]).mean())
 
-# %% ../nbs/17c_bench.ipynb #53fbb8de
+# %% ../nbs/17c_bench.ipynb #06407d2f
 SOLVER_LOOK = dict(euler=('red', '2 3'), heun=('blue', ''), churn=('pink', '7 3'))
 SOLVER_LOOK['dpm++'] = 'green', '5 2 1 2'
 STEPS = (2, 3, 4, 6, 8, 12, 16, 24, 32)
@@ -112,7 +112,7 @@ def ends_panel(state: BenchState) -> str:
     share = np.diff(rank(torch.from_numpy(edges), 0.).numpy())*POINTS
     found = np.histogram(bench_run(*state.key)['ends'], edges)[0]
     steps = lambda counts: (edges.repeat(2)[1:-1], counts.repeat(2))
-    return str(Chart('where the points end', (-1.6, 2), (0, 1.5*share.max()), 'x', 'points', '').line(*steps(share), 'grey', 'exact', '', 4).line(*steps(found), colour, state.solver, '', 1.5))
+    return str(Chart('where the points end', (-1.6, 2), (0, 1.5*share.max()), 'x', 'points', key='top right').line(*steps(share), 'grey', 'exact', '', 4).line(*steps(found), colour, state.solver, '', 1.5))
 
 def evaluations_panel(state: BenchState) -> str:
     "Error against evaluations: the solvers on EDM's grid as lines, what was tried as hollow dots, what is set as a full one."
@@ -249,7 +249,7 @@ def load_counts() -> dict:
     "The stored counts. FileNotFoundError where the results are not at hand."
     return json.loads((results_folder()/'counts.json').read_text('utf-8'))
 
-# %% ../nbs/17c_bench.ipynb #c8ef4042
+# %% ../nbs/17c_bench.ipynb #1dca07ce
 def grid_of_latents(c: FITConfig, state: AnatomyState, maps: list | None) -> str:
     "All latents as squares: bright the share of the patch's group, and, with a model's maps, how strongly each reads the patch or is read by it (1: as much as all others)."
     group, place = locate(c, state.frame, state.row, state.column)
@@ -279,6 +279,10 @@ def patches_panel(c: FITConfig, state: AnatomyState, frames: UInt8[np.ndarray, '
     label = f'{c.grid[1]} x {c.grid[2]} patches in each of {c.grid[0]} frames, {c.groups[1]} x {c.groups[2]} groups over all frames'
     return panel('patches and groups', 36 + height, words(label, 10, 18, size=12), tile(pixels, 10, 30, 400), *cuts, marks)
 
+def short(value: float) -> str:
+    "Three figures, or all before the point."
+    return f'{value:,.0f}' if value >= 100 else f'{value:.3g}'
+
 def bars(title: str, rows: list[tuple]) -> str:
     "Horizontal bars: rows of (name, value, what stands behind it, colour), each row to the scale of the largest value that shares its text's last word (its unit)."
     unit = lambda told: told.split()[-1]
@@ -290,7 +294,7 @@ def bars(title: str, rows: list[tuple]) -> str:
         parts += [words(name, 130, y + 14, anchor='end', size=11), f'<rect x="136" y="{y}" width="{length:.1f}" height="18" fill="{COLOURS[colour]}"/>', words(told, 142 + length, y + 14, size=11)]
     return panel(title, 36 + 22*len(rows), words(title, 10, 18, size=13), *parts)
 
-# %% ../nbs/17c_bench.ipynb #faccdd8c
+# %% ../nbs/17c_bench.ipynb #82276812
 OPPONENT = {'mini': 'unet-mini', 'fit-500m': 'unet-284m'}
 
 def anatomy(state: AnatomyState, counts: dict, frames: UInt8[np.ndarray, 't h w 3'] | None = None, maps: list | None = None, model: FITConfig | None = None) -> View:
@@ -302,9 +306,9 @@ def anatomy(state: AnatomyState, counts: dict, frames: UInt8[np.ndarray, 't h w 
     n, (group, _), flops = math.prod(c.grid), locate(c, state.frame, state.row, state.column), fit_work(c)
     clip, total = along(own['law'], n, c.latents), sum(flops.values())
     same_shape = frames is not None and frames.shape[:3] == (c.frames, c.height, c.width)
-    rows = [('patch tokens', n, f'{n:,} tokens', 'blue'), ('latents', c.latents, f'{c.latents:,} tokens', 'blue'), ('FIT, one pass', total, f'{total/1e9:,.3g} GFLOP', 'blue'), ('U-Net, one pass', unet['work'], f'{unet["work"]/1e9:,.3g} GFLOP', 'red'),
+    rows = [('patch tokens', n, f'{n:,} tokens', 'blue'), ('latents', c.latents, f'{c.latents:,} tokens', 'blue'), ('FIT, one pass', total, f'{short(total/1e9)} GFLOP', 'blue'), ('U-Net, one pass', unet['work'], f'{short(unet["work"]/1e9)} GFLOP', 'red'),
             ('FIT, kept per clip', clip, f'{clip/1e9:.3g} GB', 'blue'), ('U-Net, kept per clip', unet['clip'], f'{unet["clip"]/1e9:.3g} GB', 'red')]
-    parts = [(part, value, f'{value/1e9:,.3g} GFLOP', 'green') for part, value in flops.items() if value]
+    parts = [(part, value, f'{short(value/1e9)} GFLOP', 'green') for part, value in flops.items() if value]
     panels = {'patches': patches_panel(c, state, frames if same_shape else None), 'latents': grid_of_latents(c, state, maps if c == model else None), 'bill': bars('one clip', rows), 'parts': bars('where the work goes', parts)}
     share, every = c.latents//math.prod(c.groups), math.prod(c.groups)
     text = (f'The patch in row {state.row + 1}, column {state.column + 1} of frame {state.frame + 1} is in group {group + 1} of {every}: latents {group*share + 1} to {(group + 1)*share} of {c.latents} read its group of {math.prod(c.group):,} patches and write back to it, in each of {c.blocks} blocks; in between, all {c.latents} talk to each other. '
@@ -322,7 +326,7 @@ def measured_rates() -> dict[str, dict[str, float]]:
         if isinstance(rows, dict) and set(names.values()) <= set(rows): rates[found['protocol']['hardware']] = {kind: 1e9*rows[name]['train']['gflop']/(rows[name]['train']['ms']/1e3) for kind, name in names.items()}
     return rates
 
-# %% ../nbs/17c_bench.ipynb #b4c35aff
+# %% ../nbs/17c_bench.ipynb #56ac9c97
 @dataclass(frozen=True)
 class ScalingState:
     "Frames, size (times 36x64), width (times the channels of FIT 500M and U-Net 284M), GPUs of 80 GB, and whose measured rates are used."
@@ -351,18 +355,18 @@ def bill(kind: str, state: ScalingState, counts: dict, rates: dict) -> dict:
 def scaling(state: ScalingState, counts: dict, rates: dict) -> View:
     "The fifth picture: the bills of a FIT and a U-Net side by side, and their GPU-hours over frames and sizes."
     fit, unet = (bill(kind, state, counts, rates) for kind in ('fit', 'unet'))
-    number = lambda b, key, scale, unit: ('does not fit ' + unit if b[key] is None else f'{b[key]/scale:,.3g} {unit}')
+    number = lambda b, key, scale, unit: ('does not fit ' + unit if b[key] is None else f'{short(b[key]/scale)} {unit}')
     rows = [(f'{name}, {kind}', b[key] or 0, number(b, key, scale, unit), colour) for key, name, scale, unit in (('parameters', 'parameters', 1e6, 'M'), ('forward', 'one pass', 1e9, 'GFLOP'), ('memory', 'memory', 1e9, 'GB'), ('seconds', 'a step', 1, 's'), ('hours', 'training', 1e3, 'kGPUh'))
             for kind, b, colour in (('FIT', fit, 'blue'), ('U-Net', unet, 'red'))]
     charts = {}
     for key, values, label in (('frames', FRAMES, 'frames'), ('size', SIZES, 'size, times 36x64')):
-        lines = {kind: [bill(kind, replace(state, **{key: v}), counts, rates)['hours'] for v in values] for kind in ('fit', 'unet')}
+        lines = {kind: [bill(kind, replace(state, **{key: v}), counts, rates)['hours']/1e3 for v in values] for kind in ('fit', 'unet')}
         most = max(map(max, lines.values()))
-        chart = Chart(f'GPU-hours by {key}', (min(values), max(values)), (10**math.floor(math.log10(min(map(min, lines.values())))), 10**math.ceil(math.log10(most))), label, 'GPU-hours', 'xy')
+        chart = Chart(f'thousand GPU-hours by {key}', (min(values), max(values)), (10**math.floor(math.log10(min(map(min, lines.values())))), 10**math.ceil(math.log10(most))), label, '', 'xy', key='top left')
         for kind, name, colour, dash in (('fit', 'FIT', 'blue', ''), ('unet', 'U-Net', 'red', '6 3')):
-            chart.line(values, lines[kind], colour, name, dash).dot(getattr(state, key), bill(kind, state, counts, rates)['hours'], colour)
+            chart.line(values, lines[kind], colour, name, dash).dot(getattr(state, key), bill(kind, state, counts, rates)['hours']/1e3, colour)
         charts[f'by {key}'] = str(chart)
     fits = lambda name, b: f'{name}: {b["at_once"]} clips at once on each GPU, weights over {b["shards"]} GPUs' if b['shards'] else f'{name}: not one clip fits'
     text = (f'{state.frames} frames of {36*state.size} x {64*state.size}, {state.width:g} times the channels, {state.gpus} GPUs: the U-Net takes {unet["forward"]/fit["forward"]:.3g} times the work of an evaluation and {unet["hours"]/fit["hours"]:.3g} times the GPU-hours '
-            f'({fit["hours"]:,.3g} and {unet["hours"]:,.3g}). {fits("FIT", fit)}; {fits("U-Net", unet)}.')
+            f'({fit["hours"]:,.0f} and {unet["hours"]:,.0f}). {fits("FIT", fit)}; {fits("U-Net", unet)}.')
     return View({'bill': bars('the bill', rows)} | charts, text)

@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['COMMANDS', 'one_line', 'parse', 'at_least', 'free', 'choose_device', 'warn_unknown', 'Wishes', 'Settings', 'numbers',
            'Stages', 'Output', 'Sample', 'as_words', 'from_file', 'sample_command', 'preset_facts', 'Presets',
-           'literal', 'option', 'train_command', 'print_table', 'ScaleOptions', 'Scale', 'ClipOptions', 'DataShow',
-           'DataMeasure', 'empty', 'DataEmoji', 'DataFilm', 'Ablate', 'overview', 'choose', 'do', 'main']
+           'literal', 'option', 'train_command', 'print_table', 'ScaleOptions', 'Scale', 'Explore', 'ClipOptions',
+           'DataShow', 'DataMeasure', 'empty', 'DataEmoji', 'DataFilm', 'Ablate', 'overview', 'choose', 'do', 'main']
 
-# %% ../nbs/18_cli.ipynb #d02b9c0b
-import ast, contextlib, difflib, io, json, os, re, sys, tempfile, traceback, warnings
+# %% ../nbs/18_cli.ipynb #a73e11df
+import ast, contextlib, difflib, io, json, os, re, subprocess, sys, tempfile, traceback, warnings
 from dataclasses import dataclass, fields, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
@@ -448,6 +449,75 @@ class Scale(ScaleOptions):
         print_table(table(record))
         print(path)
 
+# %% ../nbs/18_cli.ipynb #b71bedd6
+@dataclass
+class Explore:
+    """Open the widgets: noise on a redundant clip, a sampler step by step, solvers, a transformer's anatomy, its bill.
+
+    A notebook is written to FOLDER and opened in JupyterLab, or with --page as a plain web page (Voila). What is shown of a
+    model is recorded first, about a minute for `mini`, and kept under the digest of its weights."""
+    model: str = 'mini'
+    "A folder, a shipped model, or a Hub id: the model to look at (no upsampler)."
+    captions: tuple[str, ...] = ()
+    "Captions to sample; the record's own, unless given."
+    compare: str = ''
+    "Another model, for the player's other side: a U-Net, or weights without averaging."
+    page: bool = False
+    "A web page without code instead of JupyterLab."
+    port: int = 8866
+    "Where the server listens, on this machine."
+    browser: bool = True
+    "Open a browser."
+    record: bool = False
+    "Only record, and print where."
+    export: Annotated[Path | None, arg(metavar='FILE')] = None
+    "Only write the player with the recorded runs as one HTML file that needs no kernel."
+    device: Annotated[str, arg(metavar='cpu|cuda|...')] = ''
+    "Where to compute; a GPU when there is one, unless given."
+    folder: Path = Path('outputs/explore')
+    "Folder for the notebook; made when it is missing."
+    force: bool = False
+    "Overwrite a record or a file that is there."
+
+    def check(self):
+        "Errors for what cannot be shown, before anything is recorded or opened."
+        from snapvideo_nb.model import weights_folder
+        if not 0 < self.port < 65536: raise ValueError(f'--port must lie between 1 and 65535, not {self.port}')
+        if any(not caption.strip() for caption in self.captions): raise ValueError('a caption is empty')
+        for name in filter(None, (self.model, self.compare)):
+            config = json.loads((weights_folder(name)/'config.json').read_text('utf-8'))
+            if config.get('low_res'): raise ValueError(f'{name} is an upsampler; the widgets show models that begin with noise')
+
+    def recorded(self, name: str) -> dict:
+        "A model's record, made when there is none."
+        from tqdm.auto import tqdm
+        from snapvideo_nb.player import keep_record, load_record, record_home, record_model
+        captions, path = list(self.captions) or None, record_home(name, list(self.captions) or None)
+        if self.record: free(path, force=self.force)
+        else:
+            try: return load_record(name, captions)
+            except FileNotFoundError: pass
+        with tqdm(desc=f'recording {name}') as bar:
+            def tick(done, total): bar.total = total; bar.update(done - bar.n)
+            keep_record(record_model(name, captions, choose_device(self.device), tick), path)
+        if self.record: print(path)
+        return load_record(name, captions)
+
+    def run(self):
+        "Record, export or open."
+        self.check()
+        from snapvideo_nb.player import export_player
+        if self.export: free(self.export, force=self.force)
+        if opened := not (self.export or self.record):
+            if find_spec('ipywidgets') is None: raise ValueError("ipywidgets is not installed; it comes with: pip install 'snapvideo-nb[explore]'")
+            from snapvideo_nb.widgets import explore_command, write_explore
+            command = explore_command(self.folder/'explore.ipynb', self.page, self.port, self.browser)
+        records = [self.recorded(name) for name in filter(None, (self.model, self.compare))]
+        if self.export: print(export_player(self.export, [run for record in records for run in record['runs']], self.force))
+        if opened:
+            write_explore(self.folder, model=self.model, captions=list(self.captions) or None, compare=self.compare or None, device=self.device or None)
+            raise SystemExit(subprocess.call(command))
+
 # %% ../nbs/18_cli.ipynb #1dd6bc8c
 @dataclass
 class ClipOptions:
@@ -640,13 +710,14 @@ class Ablate:
         if self.preset not in SETTINGS: raise ValueError(f'--preset must be one of {", ".join(SETTINGS)}, not {self.preset!r}')
         print(measure_pace(self.preset, self.out, self.runs/'pace', device=str(choose_device(self.device or SETTINGS[self.preset].train.get('device', 'cpu')))))
 
-# %% ../nbs/18_cli.ipynb #b018aeb6
+# %% ../nbs/18_cli.ipynb #161b489a
 COMMANDS = {  # what it does, and what it needs: a function of its words that gives (configuration, what to do with it)
     'sample': ('turn captions into videos', sample_command),
     'train': ('train a model, or go on training it', train_command),
     'presets': ('list the models that can be trained', lambda words: (Presets, Presets.run)),
     'scale': ('time and weigh models on this machine', lambda words: (Scale, Scale.run)),
     'ablate': ('repeat the paper\'s ablations in small', lambda words: (Ablate, Ablate.run)),
+    'explore': ('open the widgets, for a model of your choice', lambda words: (Explore, Explore.run)),
     'data show': ('look at a data set', lambda words: (DataShow, DataShow.run)),
     'data measure': ('measure the input scale that your own clips ask for', lambda words: (DataMeasure, DataMeasure.run)),
     'data emoji': ('make the animated emoji set from its packages', lambda words: (DataEmoji, DataEmoji.run)),

@@ -52,18 +52,20 @@ class View:
         image = lambda name, svg: f'<img alt="{html.escape(name)}" style="max-width:100%;vertical-align:top;margin:2px" src="data:image/svg+xml;base64,{base64.b64encode(svg.encode()).decode()}"/>'
         return f'{"".join(image(*item) for item in self.panels.items())}<p>{html.escape(self.text)}</p>'
 
-# %% ../nbs/17_explore.ipynb #06a2ca19
+# %% ../nbs/17_explore.ipynb #6ca58f1f
 def ticks(low: float, high: float, log: bool) -> list[float]:
-    "Round numbers between two ends: powers of ten, or four to nine steps of 1, 2 or 5."
-    if log: return [10.**k for k in range(math.ceil(math.log10(low) - 1e-9), math.floor(math.log10(high) + 1e-9) + 1)]
+    "Round numbers between two ends: powers of ten (with 2 and 5 times these when there are few), or four to nine steps of 1, 2 or 5."
+    if log:
+        found = [m*10.**k for k in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1) for m in ((1,) if high/low > 150 else (1, 2, 5))]
+        return [v for v in found if low*(1 - 1e-9) <= v <= high*(1 + 1e-9)]
     ten = 10**math.floor(math.log10((high - low)/4))
     step = next(m*ten for m in (5, 2, 1) if (high - low)/(m*ten) >= 3.99)
     return [k*step for k in range(math.ceil(low/step - 1e-9), math.floor(high/step + 1e-9) + 1)]
 
 class Chart:
-    "A chart as SVG text (`str`): `x` and `y` are (low, high), `log` names the axes with a logarithmic scale ('', 'x', 'y', 'xy'); `line` and `dot` draw and return the chart."
-    def __init__(self, title: str, x: tuple, y: tuple, xlabel: str, ylabel: str, log: str = '', height: float = 250, width: float = 420):
-        self.title, self.ends, self.log, self.height, self.width, self.parts, self.legend = title, dict(x=x, y=y), log, height, width, [], []
+    "A chart as SVG text (`str`): `x` and `y` are (low, high), `log` names the axes with a logarithmic scale ('', 'x', 'y', 'xy'); `line` and `dot` draw and return the chart; `key`: where the legend stands."
+    def __init__(self, title: str, x: tuple, y: tuple, xlabel: str, ylabel: str, log: str = '', height: float = 250, width: float = 420, key: str = 'bottom left'):
+        self.title, self.ends, self.log, self.height, self.width, self.parts, self.legend, self.key = title, dict(x=x, y=y), log, height, width, [], [], key
         self.box = 52, 30, width - 12, height - 40  # left, top, right, bottom
         left, top, right, bottom = self.box
         for v in ticks(*x, 'x' in log): self.parts.append(f'<path d="M{self.place("x", v):.1f} {top}V{bottom}" stroke="#dddddd"/>' + words(f'{v:g}', self.place('x', v), bottom + 15, size=11, anchor='middle'))
@@ -92,9 +94,10 @@ class Chart:
         return self
 
     def __str__(self) -> str:
-        x, y = self.box[0] + 8, self.box[3] - 8 - 15*(len(self.legend) - 1)
-        key = [f'<path d="M{x} {y + 15*i - 4}h26" {style}/>' + words(label, x + 32, y + 15*i, colour, 11) for i, (style, colour, label) in enumerate(self.legend)]
-        return panel(self.title, self.height, *self.parts, *key, width=self.width)
+        x = self.box[0] + 8 if 'left' in self.key else self.box[2] - 110
+        y = self.box[3] - 8 - 15*(len(self.legend) - 1) if 'bottom' in self.key else self.box[1] + 14
+        told = [f'<path d="M{x} {y + 15*i - 4}h26" {style}/>' + words(label, x + 32, y + 15*i, colour, 11) for i, (style, colour, label) in enumerate(self.legend)]
+        return panel(self.title, self.height, *self.parts, *told, width=self.width)
 
 # %% ../nbs/17_explore.ipynb #b211e963
 def block_average(video: Float[Tensor, '3 t h w'], size: int = 1) -> Float[Tensor, '3 h2 w2']:
