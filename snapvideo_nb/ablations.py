@@ -89,10 +89,10 @@ STUDIES = {
                    for size in ((8, 18, 32), (16, 18, 32), (32, 18, 32), (8, 36, 64), (16, 36, 64))}}
 CPU_PART = {'diffusion': ['v-unit', 'i', 'ii', 'v'], 'architecture': ['unet-s-work'], 'design': ['no-self-conditioning', 'groups-of-half-the-frames']}  # what the reduced setting runs when nothing is named
 
-# %% ../nbs/15b_ablations.ipynb #c01f2e87
+# %% ../nbs/15b_ablations.ipynb #7cb7f083
 @dataclass(frozen=True)
 class Setting:
-    "Where a study runs: the model, the data and its options, what is common to all its trainings, how many clips are sampled and in how many steps, all of it in one place."
+    "Where a study runs: the model, the data and its options, what all its trainings have in common, how many clips are sampled in how many steps, and with how many the network is probed."
     model: ModelConfig
     data: str
     options: dict
@@ -350,7 +350,7 @@ def verdict(claim: Claim, records: dict) -> dict:
     if high < 0: return told | dict(verdict='contradicted', reason='the interval lies on the other side')
     return told | dict(verdict='not visible at this size', reason='the interval holds 0')
 
-# %% ../nbs/15b_ablations.ipynb #d42ea32b
+# %% ../nbs/15b_ablations.ipynb #e720c4a8
 def twice(says, worse, better, paper='', figures=('frames', 'caption')): return [Claim(says, worse, better, figure, paper) for figure in figures]
 
 CLAIMS = [
@@ -368,7 +368,8 @@ CLAIMS = [
     *twice('patches over two frames', 'design/patches-over-time', 'diffusion/v-unit', 'stated without figures'),
     *twice('a quarter of the latents', 'design/a-quarter-of-the-latents', 'diffusion/v-unit', 'stated without figures'),
     *twice('no feed-forward after cross-attention', 'design/no-feed-forward-after-cross-attention', 'diffusion/v-unit', 'stated without figures'),
-    *twice('separable against joint', 'design/two-separable-local-layers', 'design/two-joint-local-layers', 'stated without figures')]
+    *twice('separable against joint', 'design/two-separable-local-layers', 'design/two-joint-local-layers', 'stated without figures'),
+    *(Claim(f'sigma_in 1 against the rule, {size}', f'redundancy/edm-{size}', f'redundancy/rule-{size}', 'spectrum', 'not in the paper; the theory expects more, the larger the rule') for size in ('8x18x32', '16x18x32', '32x18x32', '8x36x64', '16x36x64'))]
 
 # %% ../nbs/15b_ablations.ipynb #5d6eafa3
 def members(study: str = '', setting: str = 'reduced', conditions=(), seeds=(0, 1, 2), **where) -> list[Member]:
