@@ -87,7 +87,7 @@ def study_fit(patch_width, latents, latent_width, blocks):
 def study_unet(base, head):
     return ModelConfig(UNetConfig(frames=8, height=18, width=32, base=base, multipliers=(1, 2, 2), res_blocks=1, attention=(16, 8), head=head, condition_width=96, text_width=128, groups=8, dropout=0.), own_text, fps=8.)
 
-# %% ../nbs/07_model.ipynb #9096fed6
+# %% ../nbs/07_model.ipynb #0619b5d8
 PRESETS = {
     'tiny': ModelConfig(FITConfig(frames=4, height=9, width=16, patch=(1, 3, 4), group=(4, 3, 2), blocks=1, global_layers=1, patch_width=32, latents=8, latent_width=32,
                                   patch_head=16, latent_head=16, condition_width=32, text_width=32, dropout=0.),
@@ -96,9 +96,10 @@ PRESETS = {
                                   patch_width=192, latents=128, latent_width=128, **short), own_text, fps=8.),
     'mini-up': ModelConfig(FITConfig(frames=16, height=36, width=64, patch=(1, 6, 8), group=(16, 3, 8), blocks=3, global_layers=1, patch_width=192,
                                      latents=128, latent_width=128, low_res=True, finish=24, **short), own_text, fps=8., low_res=(18, 32), remainder=.052),
-    'small': ModelConfig(FITConfig(frames=16, height=36, width=64, patch=(1, 4, 4), group=(16, 9, 8), blocks=4, global_layers=2,
-                                   patch_width=384, latents=256, latent_width=512, **short | dict(text_width=256, condition_width=384)),
-                         own_text | dict(width=256), fps=8.),
+    'small': ModelConfig(FITConfig(frames=16, height=36, width=64, patch=(1, 4, 4), group=(16, 9, 8), blocks=3, global_layers=1,
+                                   patch_width=192, latents=256, latent_width=256, finish=24, **short), own_text, fps=8.),
+    'small-up': ModelConfig(FITConfig(frames=16, height=72, width=128, patch=(1, 8, 8), group=(16, 9, 8), blocks=3, global_layers=1,
+                                      patch_width=192, latents=256, latent_width=256, low_res=True, finish=24, **short), own_text, fps=8., low_res=(36, 64), remainder=.034),
     'fit-500m': ModelConfig(FITConfig(), t5),
     'fit-3.9b': ModelConfig(large, t5),
     'fit-3.9b-up': ModelConfig(replace(large, height=288, width=512, group=(16, 18, 16), low_res=True), t5, low_res=(36, 64)),

@@ -116,10 +116,12 @@ class TrainConfig(Housekeeping, Average, Task, Schedule, Subject):
         for name, known in (('weight', ('paper', 'unit')), ('images', ('videos', 'images')), ('precision', ('bf16', 'tf32', 'fp32')), ('optimizer', ('adamw', 'lamb'))):
             if getattr(self, name) not in known: raise ValueError(f'{name} must be one of {", ".join(known)}, not {getattr(self, name)!r}')
 
-# %% ../nbs/09_training.ipynb #b4f75f08
+# %% ../nbs/09_training.ipynb #f85b1dd6
 PAPER = dict(steps=550_000, batch=4096, lr=5e-3, optimizer='lamb', warmup=10_000, checkpoint_every=1000)  # Table 9, FIT
 RECIPES = {'mini': dict(data_options=dict(subjects=16, images=.1), steps=10_000, warmup=200, P_mean=-.5, weight='unit', self_conditioning=.3, checkpoint_every=250, fused_attention=False),
            'mini-up': dict(first_stage='mini', data_options=dict(subjects=16, images=.1), steps=2500, batch=8, lr=1e-3, warmup=100, P_mean=-1., P_std=1.5, max_level=.25, weight='unit', self_conditioning=0., checkpoint_every=250, fused_attention=False),
+           'small': dict(data_options=dict(images=.1, stride=(1, 1, 2)), steps=16_000, batch=128, lr=1.5e-3, warmup=500, P_mean=0., P_std=1.5, weight='unit', self_conditioning=.1, compile=True, workers=14, checkpoint_every=1000),
+           'small-up': dict(first_stage='runs/small/model', data_options=dict(images=.1), steps=8_000, batch=64, lr=1e-3, warmup=500, P_mean=.3, P_std=1.6, max_level=.05, weight='unit', self_conditioning=0., compile=True, workers=14, checkpoint_every=1000),
            'fit-500m': PAPER, 'fit-3.9b': PAPER, 'fit-3.9b-up': PAPER | dict(steps=370_000, batch=320),
            'unet-85m': PAPER | dict(optimizer='adamw', lr=1e-4, betas=(.9, .999)), 'unet-284m': PAPER | dict(optimizer='adamw', lr=1e-4, betas=(.9, .999))}
 

@@ -10,7 +10,9 @@ from safetensors.torch import load_file
 
 from snapvideo_nb import training
 from snapvideo_nb.data import Shapes
+from snapvideo_nb.model import PRESETS, SnapVideo
 from snapvideo_nb.runs import Lines, read_log, seal
+from snapvideo_nb.text import train_tokenizer
 from snapvideo_nb.training import averaged_model, read_config, recipe, train
 
 KILLS = int(os.environ.get('KILLS', 5))
@@ -288,3 +290,15 @@ def test_a_stream_is_continued_where_it_was(tmp_path):
     parts = train(config(tmp_path/'parts', **options | dict(workers=2)))
     one, two = ([{k: v for k, v in row.items() if k != 'seconds'} for row in read_log(run)] for run in (whole, parts))
     assert one == two and (whole/'model'/'model.safetensors').read_bytes() == (parts/'model'/'model.safetensors').read_bytes()
+
+
+@pytest.mark.parametrize('preset', ('small', 'small-up'))
+def test_recipes_for_a_gpu_run_in_miniature(preset, tmp_path):
+    "The recipe as it is, but for the device, its number of steps and clips, and a first stage that nobody trained."
+    changes = dict(run=tmp_path/'run', device='cpu', steps=2, batch=2, workers=0, warmup=1, compile=False, sample_every=0, fused_attention=False)
+    if preset == 'small-up':
+        SnapVideo.from_preset('small', tokenizer_json=train_tokenizer(['a frog moves left'], 300).to_json()).save_pretrained(tmp_path/'first')
+        changes |= dict(first_stage=str(tmp_path/'first'))
+    model = SnapVideo.from_pretrained(train(recipe(preset, **changes | dict(run=str(tmp_path/'run'))))/'model')
+    assert model.config.network == PRESETS[preset].network and read_log(tmp_path/'run')[-1]['clips'] == 4
+    assert sum(p.numel() for p in model.parameters())*2 < 25e6
