@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['UNIT', 'VARIANTS', 'STILLS', 'DIFFUSION', 'STUDIES', 'CPU_PART', 'own_text', 'reduced', 'common', 'gpu', 'SETTINGS',
-           'EFFECTIVE', 'STUDENT', 'LOWER', 'CLAIMS', 'Condition', 'Setting', 'clip_work', 'Member', 'estimate',
-           'portions', 'power', 'denoising_curve', 'first_step', 'frechet', 'spectrum_error', 'features', 'judge_of',
-           'compare', 'passes', 'drawn', 'clips_to_compare', 'examine', 'run', 'Claim', 'interval', 'gain', 'verdict',
-           'twice', 'members', 'read_records', 'summary', 'measure_pace']
+           'EFFECTIVE', 'STUDENT', 'LOWER', 'CLAIMS', 'Condition', 'Setting', 'clips_of', 'measured_scale', 'model_of',
+           'clip_work', 'share_of_clips', 'Member', 'estimate', 'portions', 'power', 'denoising_curve', 'first_step',
+           'frechet', 'spectrum_error', 'features', 'judge_of', 'compare', 'passes', 'drawn', 'clips_to_compare',
+           'examine', 'run', 'Claim', 'interval', 'gain', 'verdict', 'twice', 'members', 'read_records', 'summary',
+           'measure_pace']
 
 # %% ../nbs/15b_ablations.ipynb #6f64fc1d
 import json, math, shutil, statistics, time
@@ -113,85 +114,76 @@ SETTINGS = {
     'film': Setting(PRESETS['small'], 'film', dict(stride=(1, 2, 3)), gpu, samples=512, sample_steps=40),
     'shapes': Setting(PRESETS['tiny'], 'shapes', {}, dict(steps=2, batch=2, lr=1e-3, warmup=1, sample_every=0, keep=1, checkpoint_every=2, workers=0, precision='fp32'), samples=8, sample_steps=2, probes=8)}
 
-# %% ../nbs/15b_ablations.ipynb #8ae507a4
+# %% ../nbs/15b_ablations.ipynb #ff8f8fc0
+def clips_of(place: Setting, network, seed: int = 0, **options):
+    "A setting's data in the shape that a network wants, with a seed of its own."
+    return open_data(place.data, network.frames, network.height, network.width, **place.options | dict(seed=seed) | options)
+
+@cache
+def measured_scale(setting: str) -> float:
+    "The input scale that 128 clips of a setting's data ask for, at the size of its own network."
+    clips = clips_of(SETTINGS[setting], SETTINGS[setting].model.network)
+    return round(measure_input_scale([clips[i] for i in range(min(128, len(clips) if hasattr(clips, '__len__') else 128))], resamples=2).value, 3)
+
+def model_of(condition: Condition, setting: str) -> ModelConfig:
+    "A condition's model in a setting: its network, sigma_data and sigma_in."
+    own = SETTINGS[setting].model
+    network = replace(PRESETS[condition.preset].network, text_width=own.network.text_width) if condition.preset else own.network
+    if condition.preset or condition.size: network = resized(network, *(condition.size or (own.network.frames, own.network.height, own.network.width)))
+    if condition.network: network = VARIANTS[condition.network](network)
+    if condition.scale == 'measured': sigma_in = measured_scale(setting)
+    else: sigma_in = 1. if condition.scale in ('edm', 'shifted') else condition.scale*input_scale(network.frames, network.width)
+    return replace(own, network=network, sigma_data=condition.sigma_data, sigma_in=sigma_in)
+
+# %% ../nbs/15b_ablations.ipynb #860bbc4d
 @cache
 def clip_work(network, self_conditioning: float, text_tokens: int) -> float:
     "FLOPs of a training step for one clip, counted once for each network."
     return training_work(network, self_conditioning, text_tokens)
 
+def share_of_clips(condition: Condition, setting: str, pace: Path) -> float:
+    "How many clips a condition trains for each one of the setting's own network. ValueError when it needs a pace that was not measured."
+    if not condition.equal: return 1.
+    if condition.equal == 'time':
+        if not pace.exists(): raise ValueError(f'{pace}: missing; `snapvideo ablate pace --preset {setting}` measures it on the idle machine')
+        return json.loads(pace.read_text('utf-8'))['pace'][condition.preset]
+    own, other = (clip_work(c.network, SETTINGS[setting].train.get('self_conditioning', .9), c.text['length']) for c in (SETTINGS[setting].model, model_of(condition, setting)))
+    return own/other
+
+# %% ../nbs/15b_ablations.ipynb #d3b78d54
 class Member:
-    "One condition with one seed, in a setting: where it lies, its model, its training (`dry`: two steps and eight samples; `changes`: of `TrainConfig`). ValueError for a condition or setting that does not exist or does not fit."
+    "One condition with one seed, in a setting (`dry`: two steps and eight samples; `changes`: of `TrainConfig`). ValueError for a study, condition or setting that does not exist or does not fit."
     def __init__(self, study: str, name: str, seed: int = 0, setting: str = 'reduced', out: Path | str = 'data/results/ablations', runs: Path | str = 'runs/ablations', dry: bool = False, **changes):
-        if study not in STUDIES: raise ValueError(f'unknown study {study!r}; there are: {", ".join(STUDIES)}')
-        if name not in STUDIES[study]: raise ValueError(f'unknown condition {name!r} in {study}; there are: {", ".join(STUDIES[study])}')
-        if STUDIES[study][name].train.get('data_options') == STILLS and setting == 'film': raise ValueError(f'{name} needs stills, and {setting} has none')
-        if setting not in SETTINGS: raise ValueError(f'unknown setting {setting!r}; there are: {", ".join(SETTINGS)}')
+        for kind, value, known in (('study', study, STUDIES), ('condition', name, STUDIES.get(study, {})), ('setting', setting, SETTINGS)):
+            if value not in known: raise ValueError(f'unknown {kind} {value!r}; there are: {", ".join(known)}')
         self.study, self.name, self.seed, self.setting, self.condition = study, name, seed, setting, STUDIES[study][name]
+        if self.condition.train.get('data_options') == STILLS and setting == 'film': raise ValueError(f'{name} needs stills, and {setting} has none')
         self.place = replace(SETTINGS[setting], samples=8, sample_steps=2, probes=4) if dry else SETTINGS[setting]
-        self.changes = changes | (dict(steps=2, batch=2, warmup=1, workers=0, checkpoint_every=2) if dry else {})
+        self.changes = self.condition.train | changes | (dict(steps=2, batch=2, warmup=1, workers=0, checkpoint_every=2) if dry else {})
         self.path, self.folder, self.pace_file = Path(out)/study/setting/f'{name}-seed{seed}.json', Path(runs)/setting/study/f'{name}-seed{seed}', Path(out)/f'pace-{setting}.json'
 
-    def clips(self, seed: int, **options):
-        "The setting's data with another seed."
-        c, options = self.model_config.network, self.place.options | self.config_changes.get('data_options', {}) | dict(seed=seed) | options
-        return open_data(self.place.data, c.frames, c.height, c.width, **options)
-
-    @property
-    def config_changes(self) -> dict:
-        return self.condition.train | self.changes
-
     @cached_property
-    def model_config(self) -> ModelConfig:
-        "The model: network, sigma_data, sigma_in."
-        condition, own = self.condition, self.place.model
-        network = replace(PRESETS[condition.preset].network, text_width=own.network.text_width) if condition.preset else own.network
-        if condition.preset or condition.size: network = resized(network, *(condition.size or (own.network.frames, own.network.height, own.network.width)))
-        if condition.network: network = VARIANTS[condition.network](network)
-        config = replace(own, network=network, sigma_data=condition.sigma_data)
-        return replace(config, sigma_in=self.sigma_in(input_scale(network.frames, network.width)))
-
-    def sigma_in(self, rule: float) -> float:
-        scale = self.condition.scale
-        if scale == 'measured': return self.measured
-        return 1. if scale in ('edm', 'shifted') else scale*rule
-
-    @property
-    def measured(self) -> float:
-        "The input scale of 128 training clips."
-        c = self.place.model.network
-        clips = open_data(self.place.data, c.frames, c.height, c.width, **self.place.options)
-        return round(measure_input_scale([clips[i] for i in range(min(128, len(clips) if hasattr(clips, '__len__') else 128))], resamples=2).value, 3)
+    def model_config(self) -> ModelConfig: return model_of(self.condition, self.setting)
 
     @property
     def shift(self) -> float:
         "What the noise levels of training and sampling are multiplied by."
-        c = self.model_config.network
-        return input_scale(c.frames, c.width) if self.condition.scale == 'shifted' else 1.
-
-    def steps(self, steps: int) -> int:
-        "As many steps as the condition's budget allows, out of those of the setting's own network. ValueError when a time is asked for that was not measured."
-        if not self.condition.equal: return steps
-        if self.condition.equal == 'time':
-            if not self.pace_file.exists(): raise ValueError(f'{self.pace_file}: missing; `snapvideo ablate pace --preset {self.setting}` measures it on the idle machine')
-            return max(1, round(steps*json.loads(self.pace_file.read_text('utf-8'))['pace'][self.condition.preset]))
-        share = [clip_work(c.network, self.place.train.get('self_conditioning', .9), c.text['length']) for c in (self.place.model, self.model_config)]
-        return max(1, round(steps*share[0]/share[1]))
+        return input_scale(self.model_config.network.frames, self.model_config.network.width) if self.condition.scale == 'shifted' else 1.
 
     @property
     def config(self) -> TrainConfig:
         "The training, from the model saved in start/."
-        changes = self.place.train | self.config_changes
+        changes = self.place.train | self.changes
         options = self.place.options | dict(seed=self.seed) | changes.pop('data_options', {})
-        changes['P_mean'] = changes.get('P_mean', -1.2) + math.log(self.shift)
-        return TrainConfig(**changes | dict(run=str(self.folder/'run'), init_from=str(self.folder/'start'), preset='', data=self.place.data, data_options=options, seed=self.seed, steps=self.steps(changes['steps'])))
+        changes |= dict(P_mean=changes.get('P_mean', -1.2) + math.log(self.shift), steps=max(1, round(changes['steps']*share_of_clips(self.condition, self.setting, self.pace_file))))
+        return TrainConfig(**changes | dict(run=str(self.folder/'run'), init_from=str(self.folder/'start'), preset='', data=self.place.data, data_options=options, seed=self.seed))
 
     def start(self):
         "Make and save the untrained model, unless it is there. The same seed gives the same first weights wherever the network is the same."
         if (self.folder/'start').exists(): return
-        config = self.model_config
         torch.manual_seed(step_seed(self.seed, 0, stream=1))
-        tokenizer = train_tokenizer(first_captions(self.clips(self.seed)), config.text['vocab_size']).to_json()
-        SnapVideo(config, tokenizer).save_pretrained(self.folder/'start')
+        tokenizer = train_tokenizer(first_captions(clips_of(self.place, self.model_config.network, self.seed)), self.model_config.text['vocab_size']).to_json()
+        SnapVideo(self.model_config, tokenizer).save_pretrained(self.folder/'start')
 
 # %% ../nbs/15b_ablations.ipynb #5f2b91be
 EFFECTIVE = (.1, .3, 1., 3., 8., 20., 50., 160.)  # effective noise, sigma*sigma_in
@@ -269,7 +261,7 @@ def passes(record: dict) -> bool:
     if not (said := record['samples'].get('judged')): return record['samples']['spectrum'] < .05
     return said['background']['accuracy'] >= .9 and said['subject']['interval'][0] >= 2*said['subject']['chance']
 
-# %% ../nbs/15b_ablations.ipynb #80541788
+# %% ../nbs/15b_ablations.ipynb #7fb67e31
 def drawn(member: Member, model: SnapVideo, captions: list[str], fps) -> Float[Tensor, 'n 3 t h w']:
     "A member's clips of captions, seeds 0, 1, ..., kept in its folder as uint8, with a picture of the first eight."
     place = member.place
@@ -281,7 +273,7 @@ def drawn(member: Member, model: SnapVideo, captions: list[str], fps) -> Float[T
 
 def clips_to_compare(member: Member, count: int, seed: int):
     "Clips that no member trains on: of an endless set those of another seed, of a finite one its first."
-    clips = member.clips(seed, images=0.) if member.place.data != 'film' else member.clips(0)
+    clips = clips_of(member.place, member.model_config.network, *((seed,) if member.place.data != 'film' else ()))
     return collate([clips[i % len(clips) if hasattr(clips, '__len__') else i] for i in range(count)])
 
 def examine(member: Member, model: SnapVideo, judge: CaptionJudge | None = None) -> dict:
@@ -397,14 +389,14 @@ def summary(records: dict) -> list[list[str]]:
         rows.append([key, str(len(of)), f'{sum(r["gate"] for r in of.values())}/{len(of)}', *cells])
     return rows
 
-# %% ../nbs/15b_ablations.ipynb #a7198e8d
+# %% ../nbs/15b_ablations.ipynb #cb2c8288
 def measure_pace(setting: str, out: Path | str, runs: Path | str, rounds: int = 8, presets=('unet-s', 'fit-m', 'unet-m'), **changes) -> Path:
     "Time training steps of the setting's own network and of other presets, in turns; writes which share of the clips each trains in the time of the first, and returns the file."
     asked = [Member('diffusion', 'v-unit', 0, setting, out, runs, **changes), *(Member('architecture', f'{preset}-work', 0, setting, out, runs, **changes) for preset in presets)]
     trainers, times = [], [[] for _ in asked]
     for member in asked:
         member.start()
-        clips = member.clips(0)
+        clips = clips_of(member.place, member.model_config.network)
         trainers.append((Trainer(member.config, clips, Alone(member.config.device)), collate([clips[i] for i in range(member.config.batch)])))
     for _ in range(rounds + 2):
         for (trainer, batch), kept in zip(trainers, times):
