@@ -100,7 +100,7 @@ def open_record(name: str = 'mini', captions: list[str] | None = None, device: s
     bar.close()
     return load_record(name, captions)
 
-# %% ../nbs/17d_widgets.ipynb #00ef8598
+# %% ../nbs/17d_widgets.ipynb #29648dc3
 def choices(label: str, options, value, **more) -> W.SelectionSlider:
     "A slider over a few values."
     return W.SelectionSlider(options=options, value=value, description=label, continuous_update=True, **more)
@@ -108,7 +108,7 @@ def choices(label: str, options, value, **more) -> W.SelectionSlider:
 def redundancy_widget(model: str = 'mini', captions: list[str] | None = None, device: str | None = None) -> Shell:
     "Noise on a real clip, its block average, three signal-to-noise ratios, the model's estimate and error."
     material = RedundancyMaterial(explore_clips(), open_record(model, captions, device).get('noise'))
-    controls = dict(clip=W.Dropdown(options=list(material.clips), description='clip'), sigma=W.FloatLogSlider(.4, min=-1.6, max=1.2, step=.05, description='sigma', readout_format='.3g'),
+    controls = dict(clip=W.Dropdown(options=list(material.clips), description='clip'), sigma=W.FloatLogSlider(10**-.4, min=-1.6, max=1.2, step=.05, description='sigma', readout_format='.3g'),
                     frames=choices('frames', (1, 2, 4, 8, 16), 16), size=choices('size', (1, 2, 4), 1), scaled=W.Checkbox(True, description='sigma_in by the rule', indent=False))
     return Shell(controls, lambda **values: redundancy(material, RedundancyState(**values)))
 
