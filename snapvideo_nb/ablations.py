@@ -6,9 +6,8 @@
 __all__ = ['UNIT', 'VARIANTS', 'STILLS', 'DIFFUSION', 'STUDIES', 'CPU_PART', 'own_text', 'reduced', 'common', 'gpu', 'SETTINGS',
            'EFFECTIVE', 'STUDENT', 'LOWER', 'CLAIMS', 'Condition', 'Setting', 'clips_of', 'measured_scale', 'model_of',
            'clip_work', 'share_of_clips', 'Member', 'estimate', 'portions', 'power', 'denoising_curve', 'first_step',
-           'frechet', 'spectrum_error', 'features', 'judge_of', 'compare', 'passes', 'drawn', 'clips_to_compare',
-           'examine', 'run', 'Claim', 'interval', 'gain', 'verdict', 'twice', 'members', 'read_records', 'summary',
-           'measure_pace']
+           'spectrum_error', 'features', 'judge_of', 'compare', 'passes', 'drawn', 'clips_to_compare', 'examine', 'run',
+           'Claim', 'interval', 'gain', 'verdict', 'twice', 'members', 'read_records', 'summary', 'measure_pace']
 
 # %% ../nbs/15b_ablations.ipynb #6f64fc1d
 import json, math, shutil, statistics, time
@@ -23,6 +22,7 @@ from torch import Tensor
 from .blocks import plain_attention
 from .data import open_data
 from .diffusion import input_scale, measure_input_scale, power_spectrum
+from .distances import frechet
 from .fit import FITConfig
 from .metrics import CaptionJudge, track
 from .model import PRESETS, ModelConfig, SnapVideo
@@ -216,15 +216,6 @@ def first_step(model: SnapVideo, batch, sigma_max: float = 80., seed: int = 0) -
     return dict(ratio=round(power(without)/max(power(with_clip), 1e-12), 5), leak=round((with_clip - without).square().mean().item()/power(batch.video), 6))
 
 # %% ../nbs/15b_ablations.ipynb #c9757ab1
-def frechet(a: Float[Tensor, 'n d'], b: Float[Tensor, 'm d']) -> float:
-    "Frechet distance of two Gaussians with the means and covariances of two sets of features: |mean difference|^2 + tr(A + B - 2 (A^1/2 B A^1/2)^1/2)."
-    a, b = a.double(), b.double()
-    A, B = a.T.cov(), b.T.cov()
-    values, axes = torch.linalg.eigh(A)
-    root = (axes*values.clamp(min=0).sqrt()) @ axes.T
-    cross = torch.linalg.eigvalsh(root @ B @ root).clamp(min=0).sqrt().sum()
-    return ((a.mean(0) - b.mean(0)).square().sum() + A.trace() + B.trace() - 2*cross).item()
-
 def spectrum_error(made: Float[Tensor, 'n 3 t h w'], real: Float[Tensor, 'm 3 t h w']) -> float:
     "Squared distance of the patterns' standard deviations, as a share of the real clips' power; patterns in classes of nearly equal real power."
     ours, theirs = (power_spectrum(clips).mean(0).double().flatten() for clips in (made, real))
