@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['SOURCES', 'NETWORKS', 'SPOILS', 'frechet', 'kernel_distance', 'expected_floor', 'I3D', 'FrameNet', 'trained_network',
-           'Extractor', 'extractor', 'random_extractor', 'features', 'sampled', 'distance', 'compare_clips',
-           'path_error', 'temporal_statistics']
+           'Extractor', 'extractor', 'random_extractor', 'features', 'Lazy', 'sampled', 'enough', 'distance',
+           'compare_clips', 'path_error', 'temporal_statistics', 'evaluation']
 
 # %% ../nbs/13b_distances.ipynb #9f920b64
 import hashlib, io, json, pickle, tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -201,7 +201,7 @@ class Extractor:
     def about(self) -> dict:
         "What decides the features of a clip."
         return dict(network=self.name, weights=self.weights, sees=f'{self.frames} single frames, evenly spread' if self.frames else 'all frames', range='[-1, 1]',
-                    resize=f'{self.side}x{self.side}, {self.mode}{", antialiased" if self.mode == "bilinear" else ""}, aspect not kept', precision=self.precision)
+                    resize=f'{self.side}x{self.side}, {self.mode}{", antialiased" if self.mode != "nearest" else ""}, aspect not kept', precision=self.precision)
 
     @property
     def key(self) -> str:
@@ -216,14 +216,15 @@ class Extractor:
         if self.frames: clips = clips[:, np.linspace(0, clips.shape[1] - 1, self.frames).round().astype(int)]
         n, t = clips.shape[:2]
         frames = to_tensor(clips).to(device).transpose(1, 2).flatten(0, 1)
-        frames = F.interpolate(frames, (self.side, self.side), mode=self.mode, antialias=self.mode == 'bilinear').unflatten(0, (n, t))
+        frames = F.interpolate(frames, (self.side, self.side), mode=self.mode, antialias=self.mode != 'nearest').unflatten(0, (n, t))
         video = frames.flatten(0, 1) if self.frames else frames.transpose(1, 2)
         with torch.autocast(device.type, torch.bfloat16, enabled=self.precision == 'bf16'):
             seen = self.network(video.contiguous(memory_format=torch.channels_last if self.frames else torch.channels_last_3d))
         return (seen.unflatten(0, (n, t)) if self.frames else seen).float().cpu()
 
 def extractor(name: str = 'i3d', device='cpu', **options) -> Extractor:
-    "The trained network 'i3d' (whole clips, logits) or 'efficientnet-lite0' (4 frames of each clip). Errors as in `trained_network`."
+    "The trained network 'i3d' (whole clips, logits) or 'efficientnet-lite0' (4 frames of each clip), or 'random', for trials, `random_extractor(4)`. Errors as in `trained_network`."
+    if name == 'random': return random_extractor(frames=4, **options)
     network = trained_network(name).to(device)
     label, frames = dict(i3d=('I3D, Kinetics-400, logits', 0)).get(name, ('EfficientNet-lite0, ImageNet, pooled features (not FID)', 4))
     return Extractor(label, network, f'{NETWORKS[name][1]}, sha256 {NETWORKS[name][2][:16]}', **dict(frames=frames) | options)
@@ -266,27 +267,35 @@ def _load(path: Path) -> np.ndarray:
     except (ValueError, EOFError, OSError) as error: raise ValueError(f'{path} is damaged ({type(error).__name__}): delete it') from None
 
 # %% ../nbs/13b_distances.ipynb #682df59f
-def sampled(producer: Producer, wishes: list[Wish], folder: str | Path, batch: int = 1, progress: str = '') -> Iterator[UInt8[np.ndarray, 't h w 3']]:
-    "The clips of wishes, in their order, as a model makes them; each is kept in `folder` and not made twice. Errors as in `in_batches`."
+class Lazy:
+    "A list of `load(key)`, loaded when asked for: so many clips need not fit in memory."
+    def __init__(self, load: Callable, keys): self.load, self.keys = load, list(keys)
+    def __len__(self): return len(self.keys)
+    def __getitem__(self, i): return Lazy(self.load, self.keys[i]) if isinstance(i, slice) else self.load(self.keys[i])
+
+def sampled(producer: Producer, wishes: list[Wish], folder: str | Path, batch: int = 1, progress: str = '') -> Lazy:
+    "The clips [t, h, w, 3] uint8 of wishes, in their order, as a model makes them; each is kept in `folder` and not made twice. Errors as in `in_batches`."
     folder, recipe = Path(folder), json.loads(json.dumps(producer.recipe))
     folder.mkdir(parents=True, exist_ok=True)
     path = lambda wish: folder/(hashlib.sha256(json.dumps([*wish, recipe], sort_keys=True).encode()).hexdigest()[:24] + '.npy')
     missing = [wish for wish in dict.fromkeys(wishes) if not path(wish).exists()]
     with tqdm(total=len(missing)*producer.ticks(), desc=progress, unit=' steps', disable=not (progress and missing)) as bar:
         for wish, frames, _ in in_batches(missing, producer, batch, bar): _save(path(wish), frames)
-    return (_load(path(wish)) for wish in wishes)
+    return Lazy(_load, map(path, wishes))
 
 # %% ../nbs/13b_distances.ipynb #0f5efc22
+def enough(real: int, made: int, least: int = 256, anyway: bool = False) -> tuple[int, str]:
+    "(how many clips of each kind a distance uses, a warning or ''). ValueError with that warning, unless `anyway`, when there are fewer than `least` made clips or fewer than twice as many real ones."
+    count, wrong = min(made, real//2), ''
+    if count < made: wrong = f'{made} made clips need {2*made} real ones, half of them for the floor, and there are {real}'
+    elif made < least: wrong = f'{made} clips are too few for a distance that means something: take {least} or more'
+    if wrong and not anyway or count < 2: raise ValueError(wrong or f'{made} made and {real} real clips are too few')
+    return count, wrong
+
 def distance(real: Tensor, made: Tensor, draws: int = 8, seed: int = 0, least: int = 256, anyway: bool = False) -> dict:
     """Frechet and kernel distance of `made` clips [n, d] (or [n, k, d], k frames of each) from as many `real` ones, mean and standard deviation over random draws, each beside its
-    floor: as many other real clips in the place of the made ones. A dict that `json` can write.
-
-    ValueError when there are fewer than `least` made clips, or fewer than twice as many real ones; with `anyway` as many as there are for both are used, and `warning` says so."""
-    n, m = len(made), len(real)
-    count, wrong = min(n, m//2), ''
-    if count < n: wrong = f'{n} made clips need {2*n} real ones, half of them for the floor, and there are {m}'
-    elif n < least: wrong = f'{n} clips are too few for a distance that means something: take {least} or more'
-    if wrong and not anyway or count < 2: raise ValueError(wrong or 'no clips')
+    floor: as many other real clips in the place of the made ones. A dict that `json` can write. Counts are refused as in `enough`; with `anyway` there is a `warning` in it."""
+    (count, wrong), n, m = enough(len(real), len(made), least, anyway), len(made), len(real)
     chance, found = torch.Generator().manual_seed(seed), {}
     for _ in range(draws):
         one, other = torch.randperm(m, generator=chance)[:2*count].split(count)
@@ -349,3 +358,17 @@ def temporal_statistics(video: Float[Tensor, 'b 3 t h w']) -> dict[str, Float[Te
     change = mean(video.diff(dim=2))
     per = lambda x: torch.where(change > 0, x/change.clamp(min=1e-12), 0.)
     return dict(change=change, roughness=per(mean(video.diff(n=2, dim=2))), drift=per(mean(video[:, :, -1:] - video[:, :, :1])))
+
+# %% ../nbs/13b_distances.ipynb #58596e1b
+def evaluation(real, made, extractors: dict[str, Extractor], truths: list[dict] | None = None, judge=None, folder: str | Path | None = None, batch: int = 4, progress: bool = False, **options) -> dict:
+    """What this chapter and the last can say about `made` clips beside `real` ones (lists of [t, h, w, 3] uint8): distances as in `compare_clips`, `temporal` statistics, means over the made
+    and over as many real clips; with a `CaptionJudge` and the `truths` that the made clips were asked for (those of the first real clips) also `captions` and `path_error`, medians."""
+    found, n = dict(distances=compare_clips(real, made, extractors, folder, batch, progress, **options)), len(made)
+    means = lambda clips: {key: float(np.mean(v)) for key, v in _by_key([temporal_statistics(to_tensor(clip)[None]) for clip in clips]).items()}
+    found['temporal'] = dict(made=means(made), real=means(real[:n]))
+    if judge is None or not truths: return found
+    video, drawn = (torch.stack([to_tensor(clip) for clip in clips]) for clips in (made, real[:n]))
+    return found | dict(captions={key: value for key, value in judge.accuracy(video, truths).items() if key != 'rows'},
+                        path_error=dict(made=path_error(video, truths).median().item(), real=path_error(drawn, truths).median().item()))
+
+def _by_key(rows: list[dict]) -> dict: return {key: [row[key].item() for row in rows] for key in rows[0]}
