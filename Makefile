@@ -11,13 +11,14 @@ export CAPTION
 PIP     := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test soak lab readme sync
+.PHONY: help demo test soak lab docs readme sync
 
 help:
 	@echo 'make demo     write a video and a contact sheet from the shipped model, and print where'
 	@echo 'make test     check the repository, run every notebook, run the tests (15 minutes on two cores)'
 	@echo 'make soak     kill a training fifty times and compare what is left (ten minutes)'
 	@echo 'make lab      open the notebooks in JupyterLab'
+	@echo 'make docs     build the site into site/ from the notebooks as they are stored (two minutes)'
 	@echo 'make readme   make README.md from index.ipynb'
 	@echo 'make sync     after editing: export the notebooks to snapvideo_nb/, clean them, make README.md'
 	@echo
@@ -56,6 +57,10 @@ soak: .venv/development
 
 lab: .venv/development
 	$(BIN)/jupyter lab index.ipynb $(if $(filter 0,$(shell id -u)),--allow-root)
+
+docs: .venv/development
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	@echo 'site/index.html is ready. Its search needs a server: $(BIN)/python -m http.server --directory site'
 
 readme: .venv/development
 	$(BIN)/python tests/readme.py

@@ -48,6 +48,8 @@ class View:
     panels: dict[str, str]
     text: str
 
+    def __repr__(self) -> str: return f'View({list(self.panels)}, {self.text!r})'
+
     def _repr_html_(self) -> str:
         image = lambda name, svg: f'<img alt="{html.escape(name)}" style="max-width:100%;vertical-align:top;margin:2px" src="data:image/svg+xml;base64,{base64.b64encode(svg.encode()).decode()}"/>'
         return f'{"".join(image(*item) for item in self.panels.items())}<p>{html.escape(self.text)}</p>'
@@ -94,7 +96,7 @@ class Chart:
         return self
 
     def __str__(self) -> str:
-        x = self.box[0] + 8 if 'left' in self.key else self.box[2] - 110
+        x = self.box[0] + 8 if 'left' in self.key else self.box[2] - 145
         y = self.box[3] - 8 - 15*(len(self.legend) - 1) if 'bottom' in self.key else self.box[1] + 14
         told = [f'<path d="M{x} {y + 15*i - 4}h26" {style}/>' + words(label, x + 32, y + 15*i, colour, 11) for i, (style, colour, label) in enumerate(self.legend)]
         return panel(self.title, self.height, *self.parts, *told, width=self.width)
@@ -208,7 +210,7 @@ def snr(state: RedundancyState, blocks: Blocks, sigma) -> dict[str, float]:
 def snr_panel(state: RedundancyState, blocks: Blocks) -> str:
     "The three ratios against sigma, with dots where the slider stands."
     sigmas, here = np.geomspace(.02, 20, 60), snr(state, blocks, state.sigma)
-    chart = Chart('who sees what', (.02, 20), (1e-3, 1e4), 'noise level sigma', 'signal / noise', 'xy')
+    chart = Chart('who sees what', (.02, 20), (1e-3, 1e4), 'noise level sigma', 'signal / noise', 'xy', key='top right')
     for key, label, colour, dash in (('image', 'an image under EDM', 'ink', '7 3'), ('pixel', 'a pixel of this clip', 'red', '2 3'), ('average', 'its block average', 'blue', '')):
         chart.line(sigmas, snr(state, blocks, sigmas)[key], colour, label, dash).dot(state.sigma, here[key], colour, f'{here[key]:.3g}' if key != 'image' else '')
     return str(chart)
@@ -217,7 +219,7 @@ def error_panel(state: RedundancyState, material: RedundancyMaterial) -> str:
     "The model's relative error against sigma, with sigma_in and without, and a dot where the slider stands."
     record, e = material.record, np.asarray(material.record['levels'])
     error = float(np.interp(math.log(material.effective(state)), np.log(e), record['error']))
-    chart = Chart('how wrong D is', (.02, 20), (0, 1.15*max(record['error'])), 'noise level sigma', 'error / variance', 'x')
+    chart = Chart('how wrong D is', (.02, 20), (0, 1.15*max(record['error'])), 'noise level sigma', 'error / variance', 'x', key='top left')
     for scaled, colour, label, dash in ((True, 'green', f'sigma_in = {record["sigma_in"]:.3g}', ''), (False, 'pink', 'sigma_in = 1', '5 3')):
         chart.line(e/(record['sigma_in'] if scaled else 1), record['error'], colour, label, dash, 2.5 if scaled == state.scaled else 1)
     return str(chart.dot(state.sigma, error, 'green' if state.scaled else 'pink', f'{error:.2f}'))

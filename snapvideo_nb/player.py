@@ -135,7 +135,7 @@ def now_panel(film: Film, step: int, frame: int) -> str:
 
 def change_panel(films: list, steps: list) -> str:
     "How much D and the latents change from step to step, against the noise level; dots where the player stands."
-    chart = Chart('change in a step', (.002, 80), (1e-3, 2), 'noise level sigma, falling to the left', '', 'xy')
+    chart = Chart('change in a step', (.002, 80), (1e-3, 2), 'noise level sigma, falling to the left', '', 'xy', key='top left')
     for film, step, dash, name in zip(films, steps, ('', '6 3'), ('left', 'right')):
         chart.line(film.sigma, film.moved, 'blue', f'D, {name}', dash).dot(film.sigma[step], film.moved[step], 'blue', hollow=name == 'right')
         seen = [(s, v) for s, v in zip(film.sigma, film.run.latents) if not math.isnan(v)]
@@ -226,8 +226,8 @@ def keep_record(record: dict, path: Path) -> Path:
     return path
 
 # %% ../nbs/17b_player.ipynb #33ca0107
-PAGE = '''<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>The denoising player</title>
-<style>body{font-family:sans-serif;margin:1rem;max-width:60rem;color:#222;background:#fff}.side{display:inline-block;width:100%;max-width:27rem;vertical-align:top;margin:0 1rem 1rem 0}
+PAGE = '''<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>The denoising player</title><link rel="icon" href="data:,">
+<style>body{font-family:sans-serif;margin:1rem;max-width:60rem;color:#222;background:#fff}#sides{display:flex;flex-wrap:wrap;gap:1rem}.side{flex:1 1 16rem;min-width:0;max-width:27rem}.side label{display:block;margin:0}.side select{width:100%}
 canvas{width:100%;image-rendering:pixelated;border:1px solid #ccc}label{display:inline-block;margin:.3rem 1rem .3rem 0}input[type=range]{width:16rem;max-width:80vw;vertical-align:middle}
 button:focus-visible,input:focus-visible,select:focus-visible{outline:3px solid #0072b2}p{min-height:2.6em}</style>
 <h1>The denoising player</h1><p>What a video model believes at each step. Move the sliders, or press play; the arrow keys move what has the focus.</p>
@@ -240,7 +240,7 @@ const runs = RUNS, $ = id => document.getElementById(id), playing = {};
 const sheets = runs.map(run => Object.fromEntries(['D', 'x'].map(key => { const image = new Image(); image.onload = draw; image.src = run[key]; return [key, image]; })));
 const sides = [0, Math.min(1, runs.length - 1)].map((first, i) => {
   const side = document.createElement('div'); side.className = 'side';
-  side.innerHTML = `<label>${i ? 'right' : 'left'} <select style="max-width:100%" aria-label="${i ? 'right' : 'left'} run"></select></label><canvas></canvas>`;
+  side.innerHTML = `<label>${i ? 'right' : 'left'} <select aria-label="${i ? 'right' : 'left'} run"></select></label><canvas></canvas>`;
   const choice = side.querySelector('select');
   runs.forEach((run, k) => choice.add(new Option(run.name, k, false, k == first)));
   choice.onchange = draw; $('sides').append(side);
@@ -270,18 +270,18 @@ for (const id of ['step', 'frame']) {
 $('show').onchange = draw; draw();
 </script></html>'''
 
-def sprites(pixels: UInt8[np.ndarray, 'k t h w 3'], kind: str) -> str:
-    "Steps downwards, frames to the right, in one picture as a data address: 'png', or 'webp' of quality 90."
+def sprites(pixels: UInt8[np.ndarray, 'k t h w 3'], shades: int = 256) -> str:
+    "Steps downwards, frames to the right, in one PNG as a data address, with `shades` levels of each colour (a divisor of 255, plus 1)."
     k, t, h, w, _ = pixels.shape
-    file = io.BytesIO()
-    Image.fromarray(pixels.transpose(0, 2, 1, 3, 4).reshape(k*h, t*w, 3)).save(file, kind, **dict(quality=90) if kind == 'webp' else dict(optimize=True))
-    return f'data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}'
+    file, step = io.BytesIO(), 255/(shades - 1)
+    Image.fromarray(((pixels/step).round()*step).astype(np.uint8).transpose(0, 2, 1, 3, 4).reshape(k*h, t*w, 3)).save(file, 'png', optimize=True)
+    return f'data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}'
 
 def player_page(runs: list[Run]) -> str:
     "A self-contained HTML page that plays recorded runs side by side, without a kernel or network. ValueError without runs."
     if not runs: raise ValueError('a player needs at least one recorded run')
     rows = [dict(name=film.run.name, sigma=film.sigma, moved=film.moved, frames=film.D.shape[1], height=film.D.shape[2], width=film.D.shape[3],
-                 D=sprites(film.D, 'png'), x=sprites(film.x, 'webp')) for film in map(film_of, runs)]
+                 D=sprites(film.D), x=sprites(film.x, 16)) for film in map(film_of, runs)]
     return PAGE.replace('RUNS', json.dumps(rows).replace('</', '<\\/'))
 
 def export_player(path: str | Path, runs: list[Run], force: bool = False) -> Path:
