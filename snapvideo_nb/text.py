@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['words', 'CaptionTokenizer', 'train_tokenizer', 'SmallTextEncoder', 'HFTextEncoder', 'CachedEncoder',
-           'build_text_encoder']
+           'build_text_encoder', 'Reader', 'teach_reading']
 
 # %% ../nbs/03_text.ipynb #35b21ec0
 import hashlib, json, os, re, unicodedata, uuid, warnings
@@ -293,3 +293,37 @@ def build_text_encoder(config: dict, tokenizer_json: str | None = None, cache: s
     if (kind := rest.pop('kind', None)) not in kinds: raise ValueError(f'unknown text encoder {kind!r}: choose from {", ".join(kinds)}')
     encoder = kinds[kind](**rest)
     return CachedEncoder(encoder, cache) if cache else encoder
+
+# %% ../nbs/03_text.ipynb #d7409f82
+class Reader(nn.Module):
+    "Questions that attend to a caption's tokens, each with a linear answer: `reader(tokens, mask) -> (scores [[b, answers] for each question], looks [b, questions, length])`."
+    def __init__(self, width: int, answers: list[int]):
+        super().__init__()
+        self.question = nn.Parameter(.1*torch.randn(len(answers), width))
+        self.answer = nn.ModuleList(nn.Linear(width, n) for n in answers)
+
+    def forward(self, tokens: Float[Tensor, 'b length width'], mask: Bool[Tensor, 'b length']):
+        looks = (self.question @ tokens.mT/tokens.shape[-1]**.5).masked_fill(~mask[:, None], -torch.inf).softmax(-1)
+        return [answer(read) for answer, read in zip(self.answer, (looks @ tokens).unbind(1))], looks
+
+# %% ../nbs/03_text.ipynb #7c12084f
+def teach_reading(encoder: SmallTextEncoder, captions: list[str], answers: dict[str, list], steps: int = 500, batch: int = 128, lr: float = 2e-3, seed: int = 0) -> tuple[Reader, list[float]]:
+    """Teach an encoder to answer questions about captions by attention to its tokens; `answers` has for every question one answer (anything that compares) per caption.
+    Returns the reader and the losses, summed over questions. Chance comes from `seed` alone. ValueError where captions and answers differ in number."""
+    if wrong := [name for name, given in answers.items() if len(given) != len(captions)]: raise ValueError(f'{len(captions)} captions, but {len(answers[wrong[0]])} answers to {wrong[0]!r}')
+    known = {name: {answer: i for i, answer in enumerate(sorted(set(given), key=str))} for name, given in answers.items()}
+    right = torch.tensor([[known[name][answer] for answer in given] for name, given in answers.items()])
+    (ids, mask), chance, losses = encoder.tokenizer(captions, encoder.length), torch.Generator().manual_seed(seed), []
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        reader = Reader(encoder.width, [len(of) for of in known.values()])
+    weights = [*encoder.parameters(), *reader.parameters()]
+    optimizer = torch.optim.AdamW(weights, lr)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min((step + 1)/50, 1.)*max(1 - step/steps, .02))
+    for _ in range(steps):
+        rows = torch.randint(len(captions), (batch,), generator=chance)
+        scores, _ = reader(encoder.read(ids[rows], mask[rows]), mask[rows])
+        loss = sum(F.cross_entropy(score, of[rows]) for score, of in zip(scores, right))
+        for step in (optimizer.zero_grad, loss.backward, optimizer.step, schedule.step): step()
+        losses.append(loss.item())
+    return reader, losses
