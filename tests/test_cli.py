@@ -559,3 +559,65 @@ def test_a_process_that_dies_leaves_its_videos_for_the_next_call(model, tmp_path
     assert seeds() == [0, 2, 4]
     assert subprocess.run(words, cwd=tmp_path, stdout=subprocess.DEVNULL, timeout=100).returncode == 0
     assert seeds() == [0, 1, 2, 3, 4, 5]
+
+
+# evaluate
+
+def evaluated(model, folder, *more):
+    "The record of an evaluation of the tiny model on shapes, with a network of random weights."
+    words = ['evaluate', '--model', str(model), '--real', 'shapes', '--count', '4', '--steps', '1', '--networks', 'random', '--anyway', '--kept', str(folder/'kept'), '--out', str(folder/'record.json'), *more]
+    assert main(words) == 0
+    return json.loads((folder/'record.json').read_text('utf-8'))
+
+
+def test_evaluate_prints_a_table_and_stores_the_protocol(model, folder, capsys):
+    record = evaluated(model, folder)
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].split() == ['figure', 'made', 'real', 'of'] and 'TOO FEW' in said[1] and said[-1] == str(folder/'record.json')
+    protocol, found = record['protocol'], record['distances']['random']
+    assert protocol['command'].startswith('snapvideo evaluate') and '--anyway' in protocol['command'] and protocol['recipe']['steps'] == 1
+    assert (protocol['real'], protocol['real_clips'], protocol['made_clips'], protocol['frames'], protocol['size']) == ('shapes', 8, 4, 4, [9, 16])
+    assert (found['count'], found['extractor']['network']) == (4, 'random thin FrameNet') and found['frechet']['floor']['deviation'] > 0 and 'captions' not in record
+
+
+def test_evaluate_goes_on_where_it_was_stopped(model, folder, monkeypatch):
+    "Broken off after two clips; the same command makes the other two, and then the whole costs nothing."
+    from snapvideo_nb import distances
+    made, real = [], distances.in_batches
+    def stops(wishes, *more):
+        for k, found in enumerate(real(wishes, *more)):
+            if k == 2: raise KeyboardInterrupt
+            yield found
+    def counts(wishes, *more):
+        for found in real(wishes, *more): made.append(found); yield found
+    monkeypatch.setattr(distances, 'in_batches', stops)
+    words = ['evaluate', '--model', str(model), '--real', 'shapes', '--count', '4', '--steps', '1', '--networks', 'random', '--anyway', '--kept', str(folder/'kept'), '--out', str(folder/'record.json')]
+    assert main(words) == 130 and len(list((folder/'kept/clips').iterdir())) == 2 and not (folder/'record.json').exists()
+    monkeypatch.setattr(distances, 'in_batches', counts)
+    record = evaluated(model, folder)
+    assert len(made) == 2
+    monkeypatch.setattr(distances.Extractor, '__call__', lambda *_: pytest.fail('features computed again'))
+    again = evaluated(model, folder, '--force')
+    assert len(made) == 2 and again['distances'] == record['distances'] and again['temporal'] == record['temporal']
+
+
+def test_evaluate_compares_folders(folder, capsys):
+    for name, count, value in (('a', 6, 30), ('b', 3, 200)):
+        (folder/name).mkdir()
+        for j in range(count): write_video(folder/name/f'{j}.mp4', np.random.default_rng([value, j]).integers(0, value, (5, 16, 24, 3), dtype=np.uint8))
+    words = ['evaluate', '--made', 'b', '--real', 'a', '--networks', 'random', '--kept', 'kept', '--out', 'r.json']
+    refused(capsys, folder, *words, says=['3 clips are too few'])
+    assert main([*words, '--anyway']) == 0
+    record = json.loads((folder/'r.json').read_text())
+    assert (record['protocol']['frames'], record['protocol']['size'], record['protocol']['pixels']) == (5, [16, 24], 'video files, as decoded')
+    assert record['distances']['random']['frechet']['value']['mean'] > record['distances']['random']['frechet']['floor']['mean'] and record['temporal']['made']['change'] > record['temporal']['real']['change']
+    capsys.readouterr()
+    refused(capsys, folder, *words, '--anyway', says=['r.json exists'])
+
+
+@pytest.mark.parametrize('words, says', [
+    (['--networks', 'vgg'], ['--networks', 'vgg']), (['--precision', 'int8'], ['fp32 or bf16']), (['--count', '1'], ['--count']), (['--draws', '1'], ['--draws']),
+    (['--made', 'clips'], ['--real']), (['--count', '100'], ['100 clips are too few', '256']), (['--model', 'nothing'], ['nothing']), (['--real', 'nowhere'], ['nowhere']), (['--solver', 'rk4'], ['--solver'])])
+def test_evaluate_refuses_in_one_line(model, folder, capsys, words, says):
+    given = [] if '--model' in words or '--made' in words else ['--model', str(model)]
+    refused(capsys, folder, 'evaluate', *given, *words, '--kept', 'kept', says=says)
