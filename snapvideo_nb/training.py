@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['PAPER', 'RECIPES', 'TIME', 'SIGNAL', 'Subject', 'Schedule', 'Task', 'Average', 'Housekeeping', 'TrainConfig',
-           'recipe', 'learning_rate', 'local', 'Lamb', 'make_optimizer', 'moments', 'ema_decay', 'step_seed', 'chances',
-           'low_res_chances', 'TrainingClips', 'quiet', 'previous_latents', 'autocast', 'products', 'Frame',
-           'clip_losses', 'training_loss', 'base_config', 'open_clips', 'first_captions', 'start_model',
-           'loss_by_noise', 'Progress', 'read_config', 'Run', 'questions', 'save_samples', 'Alone', 'Trainer',
-           'gradient', 'take_step', 'keep_refused', 'Books', 'loop', 'try_samples', 'loader_watched', 'train',
-           'conclude', 'averaged_model', 'tuning_recipe']
+           'recipe', 'learning_rate', 'local', 'Lamb', 'Muon', 'make_optimizer', 'blank', 'moments', 'ema_decay',
+           'step_seed', 'chances', 'low_res_chances', 'TrainingClips', 'quiet', 'previous_latents', 'autocast',
+           'products', 'Frame', 'clip_losses', 'training_loss', 'base_config', 'open_clips', 'first_captions',
+           'questions_of', 'start_model', 'loss_by_noise', 'Progress', 'read_config', 'Run', 'questions',
+           'save_samples', 'Alone', 'Trainer', 'gradient', 'take_step', 'keep_refused', 'Books', 'loop', 'try_samples',
+           'loader_watched', 'train', 'conclude', 'averaged_model', 'tuning_recipe']
 
 # %% ../nbs/09_training.ipynb #165ad21e
 import copy, json, math, signal, statistics, time, warnings
@@ -32,7 +32,7 @@ from .model import PRESETS, ModelConfig, SnapVideo, weights_folder
 from .runs import Checkpoints, Lines, Log, StopRequest, Stopped, load_tensors, only_writer, write_text
 from .sampling import sample
 from .streams import open_stream
-from .text import train_tokenizer
+from .text import teach_reading, train_tokenizer
 from .upsampling import begin_with, low_res_task
 from .video import Batch, Clip, collate, contact_sheet, save_image, to_frames
 
@@ -54,7 +54,7 @@ class Schedule:
     "How the weights move: the second group of `TrainConfig`'s fields."
     steps: int = 10_000  # Optimizer steps in all; the learning rate ends its cosine there.
     batch: int = 16  # Clips in a step, over all processes.
-    optimizer: str = 'adamw'  # adamw, or lamb (the paper's for FIT, meant for large batches).
+    optimizer: str = 'adamw'  # adamw, muon (for small budgets), or lamb (the paper's for FIT, meant for large batches).
     lr: float = 2e-3  # Learning rate after the warm-up.
     final_lr: float = .01  # Learning rate at the last step, as a share of `lr`.
     warmup: int = 300  # Steps of linear warm-up.
@@ -73,6 +73,8 @@ class Task:
     label_dropout: float = .1  # Share of clips whose caption is dropped.
     self_conditioning: float = .9  # Share of clips that get latents of an extra evaluation.
     max_level: float = .5  # An upsampler's small clips get noise of a level drawn evenly from 0 to this.
+    reading: int = 0  # Steps in which a small text encoder first learns to read the captions of clips whose truth is known.
+    frozen_text: bool = False  # Leave the text encoder as it is from then on, as the paper leaves its T5.
 
 # %% ../nbs/09_training.ipynb #30d6c593
 @dataclass(frozen=True)
@@ -110,10 +112,10 @@ class TrainConfig(Housekeeping, Average, Task, Schedule, Subject):
             for name in names:
                 if wrong(getattr(self, name)): raise ValueError(f'{name} must be {rule}, not {getattr(self, name)}')
         refuse(('steps', 'batch', 'accumulate', 'log_every', 'checkpoint_every', 'keep', 'patience'), lambda n: n < 1, 'at least 1')
-        refuse(('seed', 'warmup', 'workers', 'shards', 'sample_every', 'max_level'), lambda n: n < 0, 'at least 0')
+        refuse(('seed', 'warmup', 'workers', 'shards', 'sample_every', 'max_level', 'reading'), lambda n: n < 0, 'at least 0')
         refuse(('lr', 'P_std', 'clip_norm', 'ema_halflife', 'ema_ramp', 'spike'), lambda x: not x > 0, 'positive')
         refuse(('label_dropout', 'self_conditioning', 'final_lr'), lambda x: not 0 <= x <= 1, 'from 0 to 1')
-        for name, known in (('weight', ('paper', 'unit')), ('images', ('videos', 'images')), ('precision', ('bf16', 'tf32', 'fp32')), ('optimizer', ('adamw', 'lamb'))):
+        for name, known in (('weight', ('paper', 'unit')), ('images', ('videos', 'images')), ('precision', ('bf16', 'tf32', 'fp32')), ('optimizer', ('adamw', 'muon', 'lamb'))):
             if getattr(self, name) not in known: raise ValueError(f'{name} must be one of {", ".join(known)}, not {getattr(self, name)!r}')
 
 # %% ../nbs/09_training.ipynb #f85b1dd6
@@ -168,18 +170,46 @@ class Lamb(torch.optim.Optimizer):
             torch._foreach_add_(w, r, alpha=-group['lr'])
 
 # %% ../nbs/09_training.ipynb #7096143b
+class Muon:
+    "Two of torch's optimizers as one: Muon for the matrices inside a model's blocks, AdamW for all other weights. The rate is scaled so that both move a matrix about equally far."
+    def __init__(self, model, lr: float, betas=(.9, .99), weight_decay: float = .01):
+        weights = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        inside, outside = ([p for name, p in weights if (p.ndim == 2 and ('blocks.' in name or 'steps.' in name)) == wanted] for wanted in (True, False))
+        self.parts = torch.optim.Muon(inside, lr, weight_decay, adjust_lr_fn='match_rms_adamw'), torch.optim.AdamW(outside, lr, betas, weight_decay=weight_decay)
+        self.of = {p: part for part in self.parts for group in part.param_groups for p in group['params']}
+
+    @property
+    def param_groups(self) -> list[dict]: return [group for part in self.parts for group in part.param_groups]
+
+    @property
+    def state(self) -> dict: return {p: part.state[p] for p, part in self.of.items()}
+
+    def zero_grad(self):
+        for part in self.parts: part.zero_grad()
+
+    def step(self):
+        for part in self.parts: part.step()
+
+# %% ../nbs/09_training.ipynb #eb05fdbe
 def make_optimizer(model, config: Schedule, total=lambda sums: sums):
     "The optimizer of a configuration, over a model's weights."
     options = dict(lr=config.lr, betas=config.betas, weight_decay=config.weight_decay)
+    if config.optimizer == 'muon': return Muon(model, **options)
     return Lamb(model.parameters(), **options, total=total) if config.optimizer == 'lamb' else torch.optim.AdamW(model.parameters(), **options)
+
+def blank(optimizer, p) -> dict[str, Tensor]:
+    "What an optimizer remembers of a weight before its first step."
+    own = optimizer.of[p] if isinstance(optimizer, Muon) else optimizer
+    with torch.no_grad():
+        if isinstance(own, torch.optim.Muon): return dict(momentum_buffer=torch.zeros_like(p))
+        return dict(exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p)) | ({} if isinstance(own, Lamb) else dict(step=torch.tensor(0.)))
 
 def moments(model, optimizer) -> dict[str, Tensor]:
     "What the optimizer remembers, by name ('network.head.1.weight.exp_avg', ...), made now where there is nothing yet, so that a checkpoint can be read into it."
-    found = {}
-    for name, p in model.named_parameters():
-        if p.requires_grad and not optimizer.state[p]:
-            with torch.no_grad(): optimizer.state[p] = dict(exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p)) | ({} if isinstance(optimizer, Lamb) else dict(step=torch.tensor(0.)))
-        found |= {f'{name}.{key}': value for key, value in optimizer.state[p].items()}
+    found, state = {}, optimizer.state
+    for name, p in ((name, p) for name, p in model.named_parameters() if p.requires_grad):
+        if not state[p]: state[p].update(blank(optimizer, p))
+        found |= {f'{name}.{key}': value for key, value in state[p].items()}
     return found
 
 # %% ../nbs/09_training.ipynb #10b2fce5
@@ -322,8 +352,17 @@ def first_captions(clips, count: int = 4000) -> list[str]:
     found = getattr(clips, 'captions', None) or (lambda n: [clips.program(j)['caption'] for j in range(n)])
     return [caption for caption in (found(count) if callable(found) else found) if caption]
 
-def start_model(config: TrainConfig, clips) -> SnapVideo:
-    "The model that a run begins with: a preset with a tokenizer of its own made from the data's captions, a trained model to fine-tune, or an upsampler with its first stage's weights."
+def questions_of(clips, count: int = 16_000) -> tuple[list[str], dict[str, list]]:
+    "The captions of an endless world's first clips, and what they say, question by question. ValueError for clips whose truth is not known."
+    if not hasattr(clips, 'program'): raise ValueError('reading is taught with clips whose truth is known (emoji, shapes); for these: reading=0')
+    programs = [clips.program(j) for j in range(count)]
+    actors = {f'{which} {key}': [(p if which == 'first' else p['second'] or {}).get(key) for p in programs] for which in ('first', 'second') for key in ('subject', 'motion', 'speed')}
+    grounds = dict(background=[p['background'] for p in programs]) | {f'{which} colour': [(p['colours'] or [None])[place] for p in programs] for which, place in (('first', 0), ('last', -1))}
+    return [p['caption'] for p in programs], actors | grounds
+
+def start_model(config: TrainConfig, clips, fresh: bool = True) -> SnapVideo:
+    """The model that a run begins with: a preset with a tokenizer of its own made from the data's captions, a trained model to fine-tune, or an upsampler with its first stage's weights.
+    With `reading`, its small encoder is taught to read (not where the weights are about to be replaced by a checkpoint's: not `fresh`)."""
     torch.manual_seed(step_seed(config.seed, 0, stream=1))
     if config.init_from: return SnapVideo.from_pretrained(config.init_from)
     if config.first_stage:
@@ -333,7 +372,9 @@ def start_model(config: TrainConfig, clips) -> SnapVideo:
         return model
     text = base_config(config).text
     if text['kind'] != 'small': return SnapVideo.from_preset(config.preset)
-    return SnapVideo.from_preset(config.preset, tokenizer_json=train_tokenizer(first_captions(clips), text['vocab_size']).to_json())
+    model = SnapVideo.from_preset(config.preset, tokenizer_json=train_tokenizer(first_captions(clips), text['vocab_size']).to_json())
+    if config.reading and fresh: teach_reading(model.text, *questions_of(clips), steps=config.reading, seed=config.seed)
+    return model
 
 # %% ../nbs/09_training.ipynb #c04a8bbe
 def loss_by_noise(losses: Float[Tensor, 'n'], sigmas: Float[Tensor, 'n'], edges=(0., .05, .15, .5, 1.5, 5., math.inf)) -> dict:
@@ -453,12 +494,14 @@ class Alone:
 
 # %% ../nbs/09_training.ipynb #9e505190
 class Trainer:
-    "Model, average, optimizer and progress of a run, as one process of a team holds them. ValueError when a batch does not divide among processes and parts."
-    def __init__(self, config: TrainConfig, clips, team: Alone):
+    "Model, average, optimizer and progress of a run, as one process of a team holds them; not `fresh` when a checkpoint is about to be read. ValueError when a batch does not divide among processes and parts."
+    def __init__(self, config: TrainConfig, clips, team: Alone, fresh: bool = True):
         if config.images == 'images' and team.world > 1: raise ValueError("images='images' trains in one process only")
+        if config.optimizer == 'muon' and team.world > 1: raise ValueError("optimizer='muon' needs whole matrices: it trains in one process only")
         if config.batch % (team.world*config.accumulate): raise ValueError(f'a batch of {config.batch} does not divide among {team.world} processes x {config.accumulate} parts')
         self.config, self.team, self.progress = config, team, Progress()
-        model = start_model(config, clips).train()
+        model = start_model(config, clips, fresh).train()
+        if config.frozen_text: model.text.requires_grad_(False)
         average = copy.deepcopy(model).eval().requires_grad_(False)
         self.model, self.average = team.spread(model), team.spread(average)
         self.optimizer = make_optimizer(self.model, config, team.total)
@@ -597,7 +640,8 @@ def train(config: TrainConfig, clips=None, prompts: list[str] | None = None, wat
     team = team or Alone(config.device)
     if clips is None: clips = open_clips(config)
     source = clips if hasattr(clips, 'portions') else TrainingClips(clips, config.seed)
-    run, trainer = Run(config, team.group), Trainer(config, clips, team)
+    run = Run(config, team.group)
+    trainer = Trainer(config, clips, team, fresh=not run.checkpoints.all)
     with ExitStack() as stack:
         if team.leader: stack.enter_context(run.hold())
         trainer.restore(run)
