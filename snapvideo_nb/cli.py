@@ -12,6 +12,7 @@ __all__ = ['COMMANDS', 'one_line', 'parse', 'at_least', 'free', 'choose_device',
 # %% ../nbs/18_cli.ipynb #a73e11df
 import ast, contextlib, difflib, io, json, os, re, subprocess, sys, tempfile, traceback, warnings
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
@@ -774,9 +775,15 @@ class Compared(EvaluateOptions, Settings):
         from snapvideo_nb.training import tuning_recipe
         own = None if self.made else tuning_recipe(self.model)
         name = self.real or own.data
-        options = {key: value for key, value in own.data_options.items() if key not in ('images', 'seed')} if own and name == own.data else {}
+        options = dict(stride=1) | ({key: value for key, value in own.data_options.items() if key not in ('images', 'seed')} if own and name == own.data else {})
         if name in ('emoji', 'shapes'): options |= dict(seed=self.seed, split=options.get('split', 'train'))
         return name, options, open_data(name, *shape, **options)
+
+    @cached_property
+    def extractors(self) -> dict:
+        "The networks by name, fetched on first use."
+        from snapvideo_nb.distances import extractor
+        return {name: extractor(name, choose_device(self.device), precision=self.precision) for name in self.networks}
 
     def reals(self, shape: tuple, count: int) -> tuple:
         "(real clips, loaded when asked for, what is to be said about them); refuses counts that mean nothing."
@@ -807,6 +814,7 @@ class Compared(EvaluateOptions, Settings):
         real, about = self.reals((producer.first.frames, *(producer.second or producer.first).model.shape[2:]), self.count)
         asked = [real[i % len(real)] for i in range(self.count)]
         wishes = [Wish(clip.caption, seed) for seed, clip in enumerate(asked)]
+        self.extractors  # what cannot be fetched is said now, not after hours of sampling
         made = sampled(producer, wishes, self.home/'clips', self.batch, f'sampling with {self.model}')
         told = dict(model=producer.made, recipe=producer.recipe, seeds=f'0 to {self.count - 1}', pixels='uint8 arrays in memory')
         return real, made, [clip.truth for clip in asked] if asked[0].truth else None, about | told
@@ -833,12 +841,11 @@ class Evaluate(Compared):
         "Measure, print and write."
         self.check()
         warnings.filterwarnings('ignore', message='.*(no captions; used without|0 left out, 1 remarks on the others)$')  # nobody asked for captions
-        from snapvideo_nb.distances import Lazy, evaluation, extractor
+        from snapvideo_nb.distances import Lazy, evaluation
         from snapvideo_nb.runs import provenance, write_text
         self.guide()
         real, made, truths, about = self.of_folder() if self.made else self.of_model()
-        extractors = {name: extractor(name, choose_device(self.device), precision=self.precision) for name in self.networks}
-        found = evaluation(Lazy(lambda i: real[i].frames, range(len(real))), made, extractors, truths, self.reader(about), self.home/'features', progress=True, draws=self.draws, anyway=self.anyway)
+        found = evaluation(Lazy(lambda i: real[i].frames, range(len(real))), made, self.extractors, truths, self.reader(about), self.home/'features', progress=True, draws=self.draws, anyway=self.anyway)
         changed = [word for f in fields(self) if (value := getattr(self, f.name)) != f.default for word in ([f'--no-{f.name}'] if value is False else as_words(f.name.replace('_', '-'), list(value) if isinstance(value, tuple) else value))]
         record = dict(protocol=provenance(' '.join(['snapvideo evaluate', *changed]), choose_device(self.device)) | about) | found
         self.out.parent.mkdir(parents=True, exist_ok=True)
