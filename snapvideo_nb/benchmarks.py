@@ -303,7 +303,7 @@ def ucf101(generate: Generate, folder: str | Path, fvd: Extractor, fid: Extracto
     named = {name: e for name, e in dict(FVD=fvd, FID=fid, IS=actions).items() if e}
     made, real = measure(generate(captions, list(range(count))), [path for path, _ in listed], named, ('IS',), crop, kept, batch)
     found = {name: _both(real[name], made[name]) for name in real}
-    if actions: found['IS'] = dict(zip(('mean', 'deviation'), inception_score(made['IS'], min(10, count))))
+    if actions: found['IS'] = dict(zip(('mean', 'deviation'), inception_score(made['IS'], max(1, min(10, count//100)))))
     return dict(FVD=None, FID=None, IS=None) | found | dict(protocol=dict(
         benchmark='UCF-101, zero-shot', made=count, real=f'{len(listed)} videos of {split}, the middle frames of each', classes=shares, prompts="this project's own, one per class",
         crop=crop, extractors={name: e.about for name, e in named.items()}, compare_with='paper_table(4), whose prompts, frames and resizing differ'))

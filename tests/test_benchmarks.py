@@ -38,6 +38,14 @@ def generate(captions, seeds):
     for caption, seed in zip(captions, seeds): yield np.random.default_rng([seed, len(caption)]).integers(0, 256, (16, 18, 32, 3), dtype=np.uint8)
 
 
+def lively(network):
+    "Random weights with which signals do not die on the way."
+    torch.manual_seed(0)
+    for layer in network.modules():
+        if isinstance(layer, (torch.nn.Conv2d, torch.nn.Conv3d, torch.nn.Linear)): torch.nn.init.kaiming_normal_(layer.weight)
+    return network.eval()
+
+
 def test_the_tables_are_the_papers():
     four, five = paper_table(4), paper_table(5)
     assert (len(four['rows']), len(five['rows'])) == (10, 12) and '2402.14797' in four['source']
@@ -164,11 +172,10 @@ def test_clipsim_of_copies_is_one():
 
 
 def test_table_four_end_to_end(folder, tmp_path):
-    torch.manual_seed(0)
-    networks = dict(fid=Extractor('Inception', Inception(4, thin=16).eval(), 'random', frames=2, side=96), actions=Extractor('C3D', C3D(4, thin=16).eval(), 'random', side=112))
+    networks = dict(fid=Extractor('Inception', lively(Inception(4, thin=16)), 'random', frames=2, side=96), actions=Extractor('C3D', lively(C3D(4, thin=16)), 'random', side=112))
     found = ucf101(generate, folder/'ucf', random_extractor(), count=20, kept=tmp_path, **networks)
     assert found['protocol']['classes'] == dict(HandstandPushups=4, Biking=6, YoYo=10) and json.loads(json.dumps(found)) == found
-    assert (found['FVD']['made'], found['FVD']['real'], found['FVD']['with_floor']['count']) == (20, 10, 5) and found['FVD']['all'] > 0 and 1 <= found['IS']['mean'] <= 4 and found['FID']['all'] > 0
+    assert (found['FVD']['made'], found['FVD']['real'], found['FVD']['with_floor']['count']) == (20, 10, 5) and found['FVD']['all'] > 0 and 1 < found['IS']['mean'] <= 4 and found['FID']['all'] > .01
     assert ucf101(generate, folder/'ucf', random_extractor(), count=20, kept=tmp_path, **networks) == found
     alone = ucf101(generate, folder/'ucf', random_extractor(), count=20)
     assert alone['FID'] is alone['IS'] is None and alone['FVD']['all'] == pytest.approx(found['FVD']['all'], rel=1e-3)
