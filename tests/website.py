@@ -30,7 +30,7 @@ STYLE = '''
 .jupyter-wrapper details {margin: .6em 0; padding: .2em .8em; border-left: 3px solid #56b4e9}
 .doc-signature code {white-space: pre-wrap}
 iframe.player {width: 100%; height: 46rem; border: 1px solid #ccc}
-.MathJax_SVG_Display {overflow-x: auto; overflow-y: hidden; padding: .2em 0}
+.MathJax_Display {overflow-x: auto; overflow-y: hidden; padding: .2em 0}
 '''
 
 
@@ -84,7 +84,7 @@ def on_files(files, config):
     add('assets/site.css', content=STYLE)
     add('assets/clipboard.js', path=Path(mkdocs_jupyter.__file__).parent/'templates/mkdocs_html/assets/clipboard.umd.js')
     for path in MATHJAX.rglob('*'):
-        if path.is_file() and not {'localization', 'HTML-CSS'} & set(path.parts): add(f'assets/mathjax/{path.relative_to(MATHJAX)}', path=path)
+        if path.is_file() and 'localization' not in path.parts: add(f'assets/mathjax/{path.relative_to(MATHJAX)}', path=path)
     config.nav = [{'Home': 'index.ipynb'}, {'Notebooks': chapters}, {'Reference': modules}, {'Contributing': 'CONTRIBUTING.md'}]
     return Files(kept)
 
@@ -122,4 +122,5 @@ def on_page_content(html, page, config, files):
     html = re.sub(r'(href="(?!\w+:)[^"#]+)\.(?:ipynb|md)(?=["#])', r'\1.html', html)
     return html + (f'<script>window.MathJax = {json.dumps(SETTINGS)}</script><script defer src="{root}assets/mathjax/{MATH}"></script>' if '$' in html else '')
 
-SETTINGS = dict(jax=['input/TeX', 'output/SVG'], SVG=dict(font='STIX-Web', linebreaks=dict(automatic=True)), tex2jax=dict(inlineMath=[['$', '$']], displayMath=[['$$', '$$']], processEscapes=True, ignoreClass='md-header|highlight-ipynb|doc'), showMathMenu=False, messageStyle='none')
+SETTINGS = dict(tex2jax=dict(inlineMath=[['$', '$']], displayMath=[['$$', '$$']], processEscapes=True, ignoreClass='md-header|highlight-ipynb|doc'), showMathMenu=False, messageStyle='none')
+SETTINGS['HTML-CSS'] = dict(linebreaks=dict(automatic=True), availableFonts=[], preferredFont=None, webFont='STIX-Web', imageFont=None)
