@@ -326,4 +326,5 @@ def teach_reading(encoder: SmallTextEncoder, captions: list[str], answers: dict[
         loss = sum(F.cross_entropy(score, of[rows]) for score, of in zip(scores, right))
         for step in (optimizer.zero_grad, loss.backward, optimizer.step, schedule.step): step()
         losses.append(loss.item())
+    optimizer.zero_grad()
     return reader, losses
