@@ -24,6 +24,7 @@ STYLE = '''
 .jupyter-wrapper .jp-Notebook {padding: 0; margin: 0; overflow: visible}
 .jupyter-wrapper .jp-Cell {padding: 0}
 .jupyter-wrapper .jp-OutputArea-output {overflow-x: auto}
+.jupyter-wrapper .jp-OutputArea-output pre {white-space: pre; overflow-x: auto}
 .jupyter-wrapper img {max-width: 100%; height: auto}
 .jupyter-wrapper table {display: block; overflow-x: auto}
 .jupyter-wrapper .jp-RenderedHTMLCommon p, .jupyter-wrapper .jp-RenderedHTMLCommon li {font-size: .8rem; line-height: 1.6}
