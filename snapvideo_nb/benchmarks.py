@@ -10,6 +10,7 @@ __all__ = ['UCF_PROMPTS', 'Generate', 'paper_table', 'ucf_split', 'apportion', '
 import json, math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from importlib.util import find_spec
 from itertools import chain, islice
 from pathlib import Path
 import numpy as np, torch, torch.nn.functional as F
@@ -18,14 +19,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from .distances import Extractor, distance, features, frechet
-from .player import results_folder
 from .video import read_video
 
 # %% ../nbs/13c_benchmarks.ipynb #a64aae3c
 def paper_table(number: int) -> dict:
     "The paper's Table 4 (UCF-101) or 5 (MSR-VTT): `rows` with None where nothing was reported, `protocol`, `source`, and which figures are better when lower. ValueError for another table."
-    path = results_folder('paper')/f'table{number}.json'
-    if not path.exists(): raise ValueError(f'there is no table {number} here; there are 4 and 5')
+    package = Path(find_spec('snapvideo_nb').origin).resolve().parent  # a checkout's data/results, else what the wheel brought
+    path = next((p for place in (package.parent/'data/results', package/'results') if (p := place/'paper'/f'table{number}.json').exists()), None)
+    if path is None: raise ValueError(f'there is no table {number} here; there are 4 and 5')
     return json.loads(path.read_text('utf-8'))
 
 # %% ../nbs/13c_benchmarks.ipynb #e9943d75
