@@ -2,7 +2,9 @@
 
     python tests/bench_recipe.py                      # all trials that have no record yet, eight minutes of one thread each; may be cut between trials
     python tests/bench_recipe.py patch34 lamb         # these
+    python tests/bench_recipe.py --model runs/x/model # the same figures for a finished model: shipped.json for mini, else NAME.json by its run
     python tests/bench_recipe.py --profile            # where the time of a training step goes
+    python tests/bench_recipe.py --reading            # how much of a caption reaches the picture, by how the captions are read; some twenty minutes of one thread
 
 A trial measures its own seconds per step, takes as many steps as fit into the budget (the learning rate falls to its end within them), and leaves data/results/recipe/NAME.json: settings, steps, the training loss by noise level, and the
 error of its averaged weights on 64 held-out clips (mean square over all values of a clip in [-1, 1]) at nine effective noise levels sigma*sigma_in, for the right caption, for one with another motion, and for none; and what the caption
@@ -20,11 +22,11 @@ import torch
 from snapvideo_nb.blocks import plain_attention
 from snapvideo_nb.data import Emoji, describe
 from snapvideo_nb.metrics import CaptionJudge
-from snapvideo_nb.model import PRESETS
+from snapvideo_nb.model import PRESETS, SnapVideo, weights_folder
 from snapvideo_nb.runs import provenance, write_text
 from snapvideo_nb.sampling import sample
-from snapvideo_nb.training import Alone, TrainConfig, Trainer, TrainingClips, loss_by_noise, open_clips, take_step
-from snapvideo_nb.video import to_tensor
+from snapvideo_nb.training import Alone, TrainConfig, Trainer, TrainingClips, first_captions, loss_by_noise, open_clips, take_step
+from snapvideo_nb.video import collate, to_tensor
 
 RESULTS = Path(__file__).resolve().parent.parent/'data'/'results'
 LEVELS = (.25, .5, 1, 2, 4, 8, 16, 32, 64)
@@ -121,6 +123,85 @@ def trial(name: str, seconds: float) -> dict:
                 parameters=sum(p.numel() for p in average.parameters()), curve=curve, errors=errors(average), judged=judged(average))
 
 
+def finished(name: str) -> dict:
+    "The figures of a trial for a model that is there, with the log of its run."
+    model, log = SnapVideo.from_pretrained(name).eval(), weights_folder(name).parent/'log.jsonl'
+    rows = [json.loads(line) for line in log.read_text('utf-8').splitlines()] if log.exists() else []
+    return dict(protocol=provenance(f'python tests/bench_recipe.py --model {name}'), config=json.loads((log.parent/'config.json').read_text('utf-8')) if rows else {}, log=[{key: row[key] for key in ('step', 'clips', 'seconds', 'loss', 'by_noise')} for row in rows],
+                parameters=sum(p.numel() for p in model.parameters()), errors=errors(model), judged=judged(model))
+
+
+READING = dict(scratch='encoder from nothing, trained along', taught='encoder taught to read (500 steps), then frozen', masked='encoder taught to guess masked words (800 steps), then frozen', bare='encoder from nothing, captions of five words in fixed places')
+
+class Bare(Emoji):
+    "Emoji whose captions are five words: subject, motion, speed and the two ends of the background, each word at home in one place."
+    def program(self, j, **fixed):
+        p = super().program(j, **fixed)
+        return p | dict(caption=' '.join([p['subject'].replace(' ', ''), (p['motion'] or 'none').replace(' ', ''), p['speed'] or 'none', f'{p["colours"][0]}a', f'{p["colours"][-1]}b']))
+
+def guess_masked(encoder, captions, steps=800, batch=128, lr=2e-3):
+    "Teach an encoder the other way: 3 words in 10 are hidden and guessed from the rest."
+    ids, mask = encoder.tokenizer(captions, encoder.length)
+    chance, head = torch.Generator().manual_seed(0), torch.nn.Linear(encoder.width, encoder.vocab_size)
+    optimizer = torch.optim.AdamW([*encoder.parameters(), *head.parameters()], lr)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min((step + 1)/50, 1.)*max(1 - step/steps, .02))
+    for _ in range(steps):
+        rows = torch.randint(len(ids), (batch,), generator=chance)
+        hide = (torch.rand(ids[rows].shape, generator=chance) < .3) & mask[rows]
+        hide[:, 0] = False
+        scores = head(encoder.read(torch.where(hide, encoder.vocab_size - 1, ids[rows]), mask[rows]))
+        loss = torch.nn.functional.cross_entropy(scores[hide], ids[rows][hide])
+        for step in (optimizer.zero_grad, loss.backward, optimizer.step, schedule.step): step()
+    optimizer.zero_grad()
+
+def read_trial(kind: str, steps: int = 250, every: int = 125) -> dict:
+    "A small FIT at high noise only, where a clip is what its caption says: its error on held-out clips, by how it reads."
+    size, world = dict(frames=4, stride=4), Bare if kind == 'bare' else Emoji
+    sizes = replace(PRESETS['mini'].network, frames=4, patch=(1, 6, 8), group=(4, 3, 4), latents=48, latent_width=192, blocks=2, finish=0)
+    config = TrainConfig(run='', preset='mini', steps=10_000, batch=64, optimizer='muon', lr=6e-3, warmup=100, P_mean=3.2, P_std=.8, weight='unit', self_conditioning=0., fused_attention=False,
+                         frozen_text=kind in ('taught', 'masked'), reading=500*(kind == 'taught'), data_options=dict(subjects=16, stride=4))
+    kept, PRESETS['mini'], curve = PRESETS['mini'], replace(PRESETS['mini'], network=sizes), {}
+    try:
+        clips, held = world(subjects=16, **size), world(subjects=16, split='held_out', seed=7, **size)
+        asked = collate([held[i] for i in range(64)])
+        noise, trainer = torch.randn(asked.video.shape, generator=torch.Generator().manual_seed(5)), Trainer(config, clips, Alone('cpu'))
+        if kind == 'masked':
+            for model in (trainer.model, trainer.average):
+                torch.manual_seed(0)
+                guess_masked(model.text.requires_grad_(True), first_captions(clips, 16_000))
+                model.text.requires_grad_(False)
+        for batch, _ in TrainingClips(clips, 0).portions(range(64), range(steps), 64, 1):
+            with plain_attention(): take_step(trainer, batch)
+            if trainer.progress.step % every: continue
+            with torch.no_grad():
+                model, sigma = trainer.average.eval(), torch.full((64,), 32/trainer.average.framework.sigma_in)
+                curve[trainer.progress.step] = round((model(model.framework.diffuse(asked.video, noise, sigma), sigma, model.conditions(asked.captions))[0] - asked.video).square().mean().item(), 5)
+    finally: PRESETS['mini'] = kept
+    return dict(says=READING[kind], error=curve)
+
+def floors(clips: int = 32) -> dict:
+    "Mean square error, on the clips of `read_trial`, of the mean of 96 other clips that share: all that the caption says; all but the motion; only the background."
+    size = dict(subjects=16, frames=4, stride=4)
+    held, others, found = Emoji(split='held_out', seed=7, **size), Emoji(split='all', seed=11, **size), {}
+    for says, words in (('all', ('subject', 'motion', 'speed', 'background', 'colours')), ('no motion', ('subject', 'background', 'colours')), ('background', ('background', 'colours'))):
+        def error(i):
+            said = held.program(i)
+            mean = torch.stack([to_tensor(others.clip(500 + j, **{word: said[word] for word in words}).frames) for j in range(96)]).mean(0)
+            return (mean - to_tensor(held[i].frames)).square().mean().item()
+        found[says] = round(sum(map(error, range(clips)))/clips, 5)
+    return found
+
+def reading(path: Path):
+    "All trials of reading, each written when it is done."
+    record = json.loads(path.read_text('utf-8')) if path.exists() else dict(floors=floors(), trials={})
+    for kind in READING:
+        if kind in record['trials']: continue
+        record['trials'][kind] = read_trial(kind)
+        record['protocol'] = provenance('python tests/bench_recipe.py --reading', batch=64, held_out=64, level=32, seed=0)
+        write_text(path, json.dumps(record, indent=1))
+        print(kind, record['trials'][kind], flush=True)
+
+
 def profile(name: str = 'last', steps: int = 6) -> dict:
     "Share of a step's processor time by kind of operation, largest first."
     from torch.profiler import ProfilerActivity, profile as recorded
@@ -142,11 +223,15 @@ def main():
     parser.add_argument('--seconds', type=float, default=480, help='processor seconds of a trial (default: 480)')
     parser.add_argument('--folder', type=Path, default=RESULTS/'recipe', help='where the records lie (default: data/results/recipe)')
     parser.add_argument('--force', action='store_true', help='measure again what is there')
+    parser.add_argument('--model', help='only this finished model, a folder or a shipped name')
+    parser.add_argument('--reading', action='store_true', help='only the trials of reading')
     parser.add_argument('--profile', action='store_true', help='only the profile of a step')
     o = parser.parse_args()
     if unknown := [name for name in o.names if name not in TRIALS]: parser.error(f'no such trial: {", ".join(unknown)}; there are: {", ".join(TRIALS)}')
     torch.set_num_threads(1)
     o.folder.mkdir(parents=True, exist_ok=True)
+    if o.reading: return reading(o.folder/'reading.json')
+    if o.model: return write_text(o.folder/f'{"shipped" if o.model == "mini" else Path(o.model).resolve().parents[1].name}.json', json.dumps(finished(o.model), indent=1))
     todo = {'profile': profile} if o.profile else {name: lambda name=name: trial(name, o.seconds) for name in o.names or TRIALS}
     for name, make in todo.items():
         path = o.folder/f'{name}.json'
