@@ -274,9 +274,11 @@ def test_records_say_how_they_were_made(name):
 
 def test_the_recorded_sanity_set_covers_every_fault_with_both_networks():
     found = json.loads((records/'sanity.json').read_text())['result']
-    for rows in found.values():
-        assert set(rows) == {'as it is', *SPOILS} and {row['count'] for row in rows.values()} == {256}
-        assert rows['as it is']['same_clips'] == pytest.approx(0, abs=1e-3) and all(rows[fault]['same_clips'] > 0 for fault in SPOILS)
+    assert set(found['frames']) == {'as it is', *SPOILS} == {*found['clips'], *found['doses']}
+    for rows in (found['clips'], found['frames']):
+        assert {row['count'] for row in rows.values()} == {256} and all('floor' in row['frechet'] for row in rows.values())
+        assert rows['as it is']['same_clips'] == pytest.approx(0, abs=1e-3) and all(row['same_clips'] > 1 for fault, row in rows.items() if fault not in ('as it is', 'backwards'))
+    assert found['clips']['backwards']['same_clips'] > 1 and found['frames']['backwards']['same_clips'] == pytest.approx(0, abs=1e-3)  # single frames have no order
 
 
 def test_parity_with_the_code_of_others_is_recorded():
