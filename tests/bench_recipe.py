@@ -154,7 +154,7 @@ def guess_masked(encoder, captions, steps=800, batch=128, lr=2e-3):
         for step in (optimizer.zero_grad, loss.backward, optimizer.step, schedule.step): step()
     optimizer.zero_grad()
 
-def read_trial(kind: str, steps: int = 200, every: int = 100) -> dict:
+def read_trial(kind: str, steps: int = 150, every: int = 75) -> dict:
     "A small FIT at high noise only, where a clip is what its caption says: its error on held-out clips, by how it reads."
     size, world = dict(frames=4, stride=4), Bare if kind == 'bare' else Emoji
     sizes = replace(PRESETS['mini'].network, frames=4, patch=(1, 6, 8), group=(4, 3, 4), latents=48, latent_width=192, blocks=2, finish=0)
