@@ -4,7 +4,7 @@
     python tests/bench_recipe.py patch34 lamb         # these
     python tests/bench_recipe.py --model runs/x/model # the same figures for a finished model: shipped.json for mini, else NAME.json by its run
     python tests/bench_recipe.py --profile            # where the time of a training step goes
-    python tests/bench_recipe.py --reading            # how much of a caption reaches the picture, by how the captions are read; some twenty minutes of one thread
+    python tests/bench_recipe.py --reading            # how much of a caption reaches the picture, by how the captions are read; some ten minutes of one thread
 
 A trial measures its own seconds per step, takes as many steps as fit into the budget (the learning rate falls to its end within them), and leaves data/results/recipe/NAME.json: settings, steps, the training loss by noise level, and the
 error of its averaged weights on 64 held-out clips (mean square over all values of a clip in [-1, 1]) at nine effective noise levels sigma*sigma_in, for the right caption, for one with another motion, and for none; and what the caption
@@ -25,7 +25,7 @@ from snapvideo_nb.metrics import CaptionJudge
 from snapvideo_nb.model import PRESETS, SnapVideo, weights_folder
 from snapvideo_nb.runs import provenance, write_text
 from snapvideo_nb.sampling import sample
-from snapvideo_nb.training import Alone, TrainConfig, Trainer, TrainingClips, first_captions, loss_by_noise, open_clips, take_step
+from snapvideo_nb.training import Alone, TrainConfig, Trainer, TrainingClips, loss_by_noise, open_clips, take_step
 from snapvideo_nb.video import collate, to_tensor
 
 RESULTS = Path(__file__).resolve().parent.parent/'data'/'results'
@@ -131,7 +131,7 @@ def finished(name: str) -> dict:
                 parameters=sum(p.numel() for p in model.parameters()), errors=errors(model), judged=judged(model))
 
 
-READING = dict(scratch='encoder from nothing, trained along', taught='encoder taught to read (500 steps), then frozen', masked='encoder taught to guess masked words (800 steps), then frozen', bare='encoder from nothing, captions of five words in fixed places')
+READING = dict(scratch='encoder from nothing, trained along', taught='encoder taught to read (500 steps), then frozen', bare='encoder from nothing, captions of five words in fixed places')
 
 class Bare(Emoji):
     "Emoji whose captions are five words: subject, motion, speed and the two ends of the background, each word at home in one place."
@@ -139,37 +139,17 @@ class Bare(Emoji):
         p = super().program(j, **fixed)
         return p | dict(caption=' '.join([p['subject'].replace(' ', ''), (p['motion'] or 'none').replace(' ', ''), p['speed'] or 'none', f'{p["colours"][0]}a', f'{p["colours"][-1]}b']))
 
-def guess_masked(encoder, captions, steps=800, batch=128, lr=2e-3):
-    "Teach an encoder the other way: 3 words in 10 are hidden and guessed from the rest."
-    ids, mask = encoder.tokenizer(captions, encoder.length)
-    chance, head = torch.Generator().manual_seed(0), torch.nn.Linear(encoder.width, encoder.vocab_size)
-    optimizer = torch.optim.AdamW([*encoder.parameters(), *head.parameters()], lr)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min((step + 1)/50, 1.)*max(1 - step/steps, .02))
-    for _ in range(steps):
-        rows = torch.randint(len(ids), (batch,), generator=chance)
-        hide = (torch.rand(ids[rows].shape, generator=chance) < .3) & mask[rows]
-        hide[:, 0] = False
-        scores = head(encoder.read(torch.where(hide, encoder.vocab_size - 1, ids[rows]), mask[rows]))
-        loss = torch.nn.functional.cross_entropy(scores[hide], ids[rows][hide])
-        for step in (optimizer.zero_grad, loss.backward, optimizer.step, schedule.step): step()
-    optimizer.zero_grad()
-
 def read_trial(kind: str, steps: int = 150, every: int = 75) -> dict:
     "A small FIT at high noise only, where a clip is what its caption says: its error on held-out clips, by how it reads."
     size, world = dict(frames=4, stride=4), Bare if kind == 'bare' else Emoji
     sizes = replace(PRESETS['mini'].network, frames=4, patch=(1, 6, 8), group=(4, 3, 4), latents=48, latent_width=192, blocks=2, finish=0)
     config = TrainConfig(run='', preset='mini', steps=10_000, batch=64, optimizer='muon', lr=6e-3, warmup=100, P_mean=3.2, P_std=.8, weight='unit', self_conditioning=0., fused_attention=False,
-                         frozen_text=kind in ('taught', 'masked'), reading=500*(kind == 'taught'), data_options=dict(subjects=16, stride=4))
+                         frozen_text=kind == 'taught', reading=500*(kind == 'taught'), data_options=dict(subjects=16, stride=4))
     kept, PRESETS['mini'], curve = PRESETS['mini'], replace(PRESETS['mini'], network=sizes), {}
     try:
         clips, held = world(subjects=16, **size), world(subjects=16, split='held_out', seed=7, **size)
         asked = collate([held[i] for i in range(64)])
         noise, trainer = torch.randn(asked.video.shape, generator=torch.Generator().manual_seed(5)), Trainer(config, clips, Alone('cpu'))
-        if kind == 'masked':
-            for model in (trainer.model, trainer.average):
-                torch.manual_seed(0)
-                guess_masked(model.text.requires_grad_(True), first_captions(clips, 16_000))
-                model.text.requires_grad_(False)
         for batch, _ in TrainingClips(clips, 0).portions(range(64), range(steps), 64, 1):
             with plain_attention(): take_step(trainer, batch)
             if trainer.progress.step % every: continue
