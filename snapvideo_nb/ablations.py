@@ -242,7 +242,8 @@ def spectrum_error(made: Float[Tensor, 'n 3 t h w'], real: Float[Tensor, 'm 3 t 
 def features(judge: CaptionJudge, video: Float[Tensor, 'n 3 t h w']) -> tuple[Tensor, Tensor]:
     "What the judge sees: of 8 frames of each clip the features of its subject network [8n, 128], and the tracks [n, 3*t]."
     frames = video[:, :, torch.linspace(0, video.shape[2] - 1, 8).round().long()].transpose(1, 2).flatten(0, 1)
-    return torch.cat([judge.subject[:-1](part) for part in frames.split(256)]), torch.cat([track(part) for part in video.split(64)]).flatten(1)
+    seen = torch.nn.Sequential(*list(judge.subject)[:-1])  # all but the naming
+    return torch.cat([seen(part) for part in frames.split(256)]), torch.cat([track(part) for part in video.split(64)]).flatten(1)
 
 def judge_of(setting: str, folder='data/results/metrics') -> CaptionJudge | None:
     "The judge of a setting's clips; None for film, of which no truth is known, and in tests."

@@ -84,17 +84,20 @@ def describe(truth: dict, pick=lambda options: options[0]) -> str:
 # %% ../nbs/01_data.ipynb #36b174c0
 class Programs:
     """What happens in the clips of an endless world: `program(j)` is a pure function of (seed, j), for any j >= 0. `split`: 'train' leaves out the (subject, motion) pairs
-    that are held out, 'held_out' has only those, 'all' has both. `images` is the share of stills; a clip plays at FPS / stride. ValueError for an unknown word."""
+    that are held out, 'held_out' has only those, 'all' has both. `motions`, `backgrounds` and `colours` are chosen from evenly (None: from all that there are; a word that comes twice counts twice).
+    `images` is the share of stills; a clip plays at FPS / stride. ValueError for an unknown word."""
     def __init__(self, subjects, frames=16, height=18, width=32, split='train', seed=0, motions=None, backgrounds=('plain', 'gradient'),
-                 pairs='one', images=0., stride=1):
+                 pairs='one', images=0., stride=1, colours=None):
         allowed = {'train': lambda s, m: not held_out(s, m), 'held_out': held_out, 'all': lambda s, m: True}
-        for value, known in ((split, allowed), (pairs, ('one', 'one or two')), *((m, MOTIONS) for m in motions or ()), *((b, BACKGROUNDS) for b in backgrounds)):
+        for value, known in ((split, allowed), (pairs, ('one', 'one or two')), *((m, MOTIONS) for m in motions or ()), *((b, BACKGROUNDS) for b in backgrounds), *((c, COLOURS) for c in colours or ())):
             if value not in known: raise ValueError(f'{value!r} is none of {", ".join(known)}')
         motions = {s: [m for m in motions or MOTIONS if allowed[split](s, m)] for s in subjects}
         self.motions = {s: m for s, m in motions.items() if m}
         if not self.motions: raise ValueError(f'no (subject, motion) pair is left in the split {split!r}')
         self.subjects, self.shape, self.split, self.seed = list(self.motions), (frames, height, width), split, seed
         self.backgrounds, self.pairs, self.images = tuple(backgrounds), pairs, float(images)
+        self.colours = tuple(colours or COLOURS)
+        if 'gradient' in backgrounds and len(set(self.colours)) < 2: raise ValueError("a gradient needs two colours; with one, ask for backgrounds=['plain']")
         self.strides = (stride,) if isinstance(stride, int) else tuple(stride)
         if min(*self.shape, *self.strides) < 1 or seed < 0 or not 0 <= images <= 1:
             raise ValueError(f'frames, height, width and stride must be at least 1, seed at least 0, images from 0 to 1, not {frames}, {height}, {width}, {stride}, {seed}, {images}')
@@ -115,8 +118,8 @@ class Programs:
             if still: p |= dict(motion=None, speed=None, x=p['x'] + .3 * (draw() - .5))
             return p | (dict(speed=None) if p['motion'] == 'still' else {}) | (dict(size=p['size'] * .8) if p['motion'] in ('zoom in', 'zoom out') else {})
         truth = part(.3 if two else .5, .55 if two else .68, fixed)
-        colours = [pick(list(COLOURS))]
-        colours += [pick([c for c in COLOURS if c not in colours])]
+        colours = [pick(self.colours)]
+        colours += [pick([c for c in self.colours if c not in colours] or colours)]
         truth = dict(background=pick(self.backgrounds), axis=pick('xy'), film=draw()) | truth
         truth['colours'] = list(fixed.get('colours', colours))[:{'plain': 1, 'gradient': 2, 'film': 0}[truth['background']]]
         truth['second'] = part(.7, .55, {}) if two else None
