@@ -202,11 +202,14 @@ def law(points: list[tuple], values: list[float]) -> list[float]:
     return np.linalg.solve(np.array(points, float), np.array(values, float)).tolist()
 
 def fit_law(c: FITConfig, vary: str = 'patch') -> list[float]:
-    "[a, b, c] of the bytes that a FIT keeps for each clip: a + b*patches + c*latents; patches are varied by their size ('patch') or by the size of the clip ('clip')."
-    more = replace(c, patch=(c.patch[0], 2*c.patch[1], c.patch[2])) if vary == 'patch' else resized(c, height=2*c.height)
-    more = replace(more, group=tuple(-(-n//g) for n, g in zip((more.frames//more.patch[0], -(-more.height//more.patch[1]), -(-more.width//more.patch[2])), c.groups)))
-    three = c, more, replace(c, latents=2*c.latents)
-    return law([(1, math.prod(n.grid), n.latents) for n in three], [activation_bytes(n)[1] for n in three])
+    "Coefficients of the bytes that a FIT keeps for each clip: a + b*patches + c*latents + d*padded pixels where the size of the patch varies ('patch'), a + b*patches + c*latents where the size of the clip does ('clip')."
+    (_, tall, _), (_, rows, _) = c.patch, c.groups
+    point = lambda n: (1, math.prod(n.grid), n.latents, math.prod(n.padded))[:4 if vary == 'patch' else 3]
+    grouped = lambda n: replace(n, group=tuple(-(-m//g) for m, g in zip((n.frames//n.patch[0], -(-n.height//n.patch[1]), -(-n.width//n.patch[2])), c.groups)))
+    other = min((h for h in divisors(c.height) if h != tall and c.height//h % rows == 0), key=lambda h: abs(math.log(h/tall)), default=2*tall)
+    tried = [c, replace(c, latents=2*c.latents)]
+    tried += [grouped(replace(c, patch=(c.patch[0], other, c.patch[2]))), replace(c, group=(c.group[0], c.group[1] + 1, c.group[2]))] if vary == 'patch' else [grouped(resized(c, height=2*c.height))]
+    return law([point(n) for n in tried], [activation_bytes(n)[1] for n in tried])
 
 def along(coefficients: list[float], *numbers: float) -> float:
     "The value of a linear function: its constant and a coefficient for each number."
@@ -304,7 +307,7 @@ def anatomy(state: AnatomyState, counts: dict, frames: UInt8[np.ndarray, 't h w 
     state = replace(state, frame=min(state.frame, c.grid[0] - 1), row=min(state.row, c.grid[1] - 1), column=min(state.column, c.grid[2] - 1), block=min(state.block, c.blocks - 1))
     own, unet = counts['anatomy'][state.preset], counts['reference'][OPPONENT[state.preset]]
     n, (group, _), flops = math.prod(c.grid), locate(c, state.frame, state.row, state.column), fit_work(c)
-    clip, total = along(own['law'], n, c.latents), sum(flops.values())
+    clip, total = along(own['law'], n, c.latents, math.prod(c.padded)), sum(flops.values())
     same_shape = frames is not None and frames.shape[:3] == (c.frames, c.height, c.width)
     rows = [('patch tokens', n, f'{n:,} tokens', 'blue'), ('latents', c.latents, f'{c.latents:,} tokens', 'blue'), ('FIT, one pass', total, f'{short(total/1e9)} GFLOP', 'blue'), ('U-Net, one pass', unet['work'], f'{short(unet["work"]/1e9)} GFLOP', 'red'),
             ('FIT, kept per clip', clip, f'{clip/1e9:.3g} GB', 'blue'), ('U-Net, kept per clip', unet['clip'], f'{unet["clip"]/1e9:.3g} GB', 'red')]

@@ -227,8 +227,8 @@ def with_weights(network: nn.Module, path: str | Path) -> nn.Module:
     try: given = load_file(path)
     except (SafetensorError, ValueError) as error: raise ValueError(f'{path}: not a safetensors file ({str(error).splitlines()[0]})') from None
     for name, tensor in network.state_dict().items():
-        if 'num_batches' in name or name == 'mean': continue
-        if name not in given or given[name].shape != tensor.shape: raise ValueError(f'{path}: {name} should be {list(tensor.shape)} and is {list(given[name].shape) if name in given else "missing"}')
+        if 'num_batches' in name: continue
+        if name not in given or name != 'mean' and given[name].shape != tensor.shape: raise ValueError(f'{path}: {name} should be {list(tensor.shape)} and is {list(given[name].shape) if name in given else "missing"}')  # a mean may be a colour or a whole clip
     if 'mean' in given and hasattr(network, 'mean'): network.mean = given['mean']
     network.load_state_dict(given, strict=False)
     return network.eval().requires_grad_(False)

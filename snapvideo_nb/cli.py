@@ -336,10 +336,10 @@ def option(words: list, name: str, default: str) -> str:
 # %% ../nbs/18_cli.ipynb #90bd1a4e
 def train_command(words: list):
     """What `snapvideo train` fills, and what it does then. The defaults are the recipe of --preset or, with --init-from alone, the one that the model was made
-    with, in a run folder of its own. The recipe's options of the data hold unless --data names other data; --data-options come on top."""
+    with, in a run folder of its own. The recipe's options of the data, its lessons and its frozen text encoder hold unless --data names other data; --data-options come on top."""
     from snapvideo_nb.distributed import assemble
     from snapvideo_nb.runs import Stopped
-    from snapvideo_nb.training import recipe, train, tuning_recipe
+    from snapvideo_nb.training import AT_HOME, recipe, train, tuning_recipe
     preset, model = option(words, 'preset', ''), option(words, 'init-from', '')
     base = recipe(preset or 'mini')
     if model:
@@ -347,15 +347,17 @@ def train_command(words: list):
         base = replace(base, run=tuned.run, init_from=model) if preset else tuned
     def run(config):
         choose_device(config.device)
-        given = {key: literal(value) for key, value in config.data_options.items()}
+        given = dict(data_options={key: literal(value) for key, value in config.data_options.items()}, lesson_options={key: literal(value) for key, value in config.lesson_options.items()})
+        if config.data == base.data: given = {key: getattr(base, key) | value for key, value in given.items()}
+        else: given |= {key: value for key, value in AT_HOME.items() if f'--{key.replace("_", "-")}' not in ' '.join(words).replace('_', '-')}
         if model: print(f'snapvideo: {model} is trained further in {config.run}, by the recipe of {preset or "its own training"}', file=sys.stderr)
         with contextlib.closing(assemble(config.device, config.shards)) as team:
-            try: folder = train(replace(config, data_options=(base.data_options if config.data == base.data else {}) | given), team=team)
+            try: folder = train(replace(config, **given), team=team)
             except (Stopped, ChildProcessError) as error:
                 if team.leader or isinstance(error, OSError): print(f'snapvideo: {one_line(error)}', file=sys.stderr)
                 raise SystemExit(75) from None
             if team.leader: print(folder)
-    return replace(base, data_options={}), run
+    return replace(base, data_options={}, lesson_options={}), run
 
 # %% ../nbs/18_cli.ipynb #630338c5
 def print_table(rows: list[list[str]]):
@@ -469,7 +471,7 @@ class Explore:
     port: int = 8866
     "Where the server listens, on this machine."
     browser: bool = True
-    "Open a browser."
+    "Whether a browser is opened."
     record: bool = False
     "Only record, and print where."
     export: Annotated[Path | None, arg(metavar='FILE')] = None

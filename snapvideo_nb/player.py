@@ -77,7 +77,7 @@ def record_run(model, caption: str, seed: int = 0, steps: int = 16, solver: str 
 
 # %% ../nbs/17b_player.ipynb #14f4147b
 def replay(run: Run) -> tuple[Float[Tensor, '1 3 t h w'], Trajectory]:
-    "The clip and the trajectory of a recorded run, from its seed and its answers alone: the solver is run again, no model is asked. To within the rounding of the answers."
+    "The clip and the trajectory of a recorded run, from its seed and its answers alone: the solver is run again, no model is asked. To within the rounding of the answers, and what they had beyond 1.6."
     answers, kept, shape = iter(ungrain(run.answers)), Trajectory(), run.answers.shape[1:]
     levels, noise = noise_levels(run.steps), lambda step=None: seeded_noise([run.seed], shape, step)
     x = solve(Denoise(lambda x, sigma, state: (next(answers)[None], None), run.sigma_in), levels[0]*noise(), levels, SOLVERS[run.solver], kept, noise)
@@ -85,11 +85,12 @@ def replay(run: Run) -> tuple[Float[Tensor, '1 3 t h w'], Trajectory]:
 
 # %% ../nbs/17b_player.ipynb #cecbb233
 class Film:
-    "What of a run is shown: `x`, `D` and `change` as pixels [steps, T, H, W, 3], `sigma` and `moved` (root mean square of the change of D) step by step, and the finished clip."
+    "What of a run is shown: `x`, `D` and `change` as pixels [steps, T, H, W, 3], `sigma` and `moved` (root mean square of the change of D) step by step, `told_at` (where a step's latents come from: with Heun's method its end), and the finished clip."
     def __init__(self, run: Run):
         self.run = run
         video, path = replay(run)
         self.sigma, self.final = path.sigma, to_frames(video)[0]
+        self.told_at = [*path.sigma[1:], path.sigma[-1]] if run.solver in ('heun', 'churn') else path.sigma
         D, x = torch.cat(path.denoised), torch.cat([x/(s**2 + run.sigma_in**-2)**.5 for x, s in zip(path.x, path.sigma)])
         change = torch.diff(D, dim=0, prepend=torch.zeros_like(D[:1]))
         self.moved = change.square().flatten(1).mean(1).sqrt().tolist()
@@ -143,9 +144,9 @@ def change_panel(films: list, steps: list) -> str:
     chart = Chart('change in a step', (.002, 80), (1e-3, 2), 'noise level sigma, falling to the left', '', 'xy', key='top left')
     for film, step, dash, name in zip(films, steps, ('', '6 3'), ('left', 'right')):
         chart.line(film.sigma, film.moved, 'blue', f'D, {name}', dash).dot(film.sigma[step], film.moved[step], 'blue', hollow=name == 'right')
-        seen = [(s, v) for s, v in zip(film.sigma, film.run.latents) if not math.isnan(v)]
+        seen = [(s, v) for s, v in zip(film.told_at, film.run.latents) if not math.isnan(v)]
         if seen: chart.line(*zip(*seen), 'red', f'latents, {name}', dash, 1.5)
-        if not math.isnan(film.run.latents[step]): chart.dot(film.sigma[step], film.run.latents[step], 'red', hollow=name == 'right')
+        if not math.isnan(film.run.latents[step]): chart.dot(film.told_at[step], film.run.latents[step], 'red', hollow=name == 'right')
     return str(chart)
 
 # %% ../nbs/17b_player.ipynb #2e4b925c
@@ -238,7 +239,7 @@ button:focus-visible,input:focus-visible,select:focus-visible{outline:3px solid 
 <h1>The denoising player</h1><p>What a video model believes at each step. Move the sliders, or press play; the arrow keys move what has the focus.</p>
 <div><label>step <input id="step" type="range" min="0" max="1" value="0"></label><button id="playstep">play steps</button></div>
 <div><label>frame <input id="frame" type="range" min="0" max="1" value="0"></label><button id="playframe">play frames</button></div>
-<div><label>show <select id="show"><option value="D">D, the estimate</option><option value="x">x, what the network sees</option></select></label></div>
+<div><label>show <select id="show"><option value="D">D, the estimate</option><option value="x">x, what the network sees</option><option value="change">change of D, doubled</option></select></label></div>
 <div id="sides"></div><p id="text" aria-live="polite"></p>
 <script>
 const runs = RUNS, $ = id => document.getElementById(id), playing = {};
@@ -252,14 +253,20 @@ const sides = [0, Math.min(1, runs.length - 1)].map((first, i) => {
   return {choice, canvas: side.querySelector('canvas')};
 });
 function nearest(run, sigma) { let best = 0; run.sigma.forEach((s, k) => { if (Math.abs(Math.log(s / sigma)) < Math.abs(Math.log(run.sigma[best] / sigma))) best = k; }); return best; }
+function paint(ink, run, sheet, k, f) { ink.drawImage(sheet, f * run.width, k * run.height, run.width, run.height, 0, 0, run.width, run.height); return ink.getImageData(0, 0, run.width, run.height); }
+function paintChange(ink, run, sheet, k, f) {
+  const before = k ? paint(ink, run, sheet, k - 1, f).data : null, now = paint(ink, run, sheet, k, f);
+  now.data.forEach((v, i) => { if (i % 4 < 3) now.data[i] = 127.5 + 2 * (v - (before ? before[i] : 127.5)); });
+  ink.putImageData(now, 0, 0);
+}
 function draw() {
   const left = runs[sides[0].choice.value];
   $('step').max = left.sigma.length - 1; $('frame').max = left.frames - 1;
   const told = sides.map(({choice, canvas}) => {
     const run = runs[choice.value], k = nearest(run, left.sigma[$('step').value]), f = Math.min($('frame').value, run.frames - 1);
     canvas.width = run.width; canvas.height = run.height;
-    const sheet = sheets[choice.value][$('show').value];
-    if (sheet.complete) canvas.getContext('2d').drawImage(sheet, f * run.width, k * run.height, run.width, run.height, 0, 0, run.width, run.height);
+    const change = $('show').value == 'change', sheet = sheets[choice.value][change ? 'D' : $('show').value];
+    if (sheet.complete) (change ? paintChange : paint)(canvas.getContext('2d'), run, sheet, k, f);
     return `step ${k + 1} of ${run.sigma.length}, sigma = ${run.sigma[k].toPrecision(3)}, D changed by ${run.moved[k].toPrecision(3)}`;
   });
   $('text').textContent = `Frame ${+$('frame').value + 1}. Left: ${told[0]}. Right: ${told[1]}.`;

@@ -5,6 +5,7 @@
     python tests/bench_recipe.py --model runs/x/model # the same figures for a finished model: shipped.json for mini, else NAME.json by its run
     python tests/bench_recipe.py --profile            # where the time of a training step goes
     python tests/bench_recipe.py --reading            # how much of a caption reaches the picture, by how the captions are read; some ten minutes of one thread
+    python tests/bench_recipe.py --lesson             # mini's recipe from nothing, with a first lesson in front of black and without; some half an hour of one thread
 
 A trial measures its own seconds per step, takes as many steps as fit into the budget (the learning rate falls to its end within them), and leaves data/results/recipe/NAME.json: settings, steps, the training loss by noise level, and the
 error of its averaged weights on 64 held-out clips (mean square over all values of a clip in [-1, 1]) at nine effective noise levels sigma*sigma_in, for the right caption, for one with another motion, and for none; and what the caption
@@ -25,7 +26,7 @@ from snapvideo_nb.metrics import CaptionJudge
 from snapvideo_nb.model import PRESETS, SnapVideo, weights_folder
 from snapvideo_nb.runs import provenance, write_text
 from snapvideo_nb.sampling import sample
-from snapvideo_nb.training import Alone, TrainConfig, Trainer, TrainingClips, loss_by_noise, open_clips, take_step
+from snapvideo_nb.training import NIGHT, Alone, TrainConfig, Trainer, TrainingClips, loss_by_noise, open_clips, recipe, take_step
 from snapvideo_nb.video import collate, to_tensor
 
 RESULTS = Path(__file__).resolve().parent.parent/'data'/'results'
@@ -33,7 +34,7 @@ LEVELS = (.25, .5, 1, 2, 4, 8, 16, 32, 64)
 OTHER = {'left': 'right', 'right': 'left', 'up': 'down', 'down': 'up', 'up left': 'down right', 'up right': 'down left', 'down left': 'up right', 'down right': 'up left',
          'bounce': 'zoom in', 'orbit': 'zoom out', 'zoom in': 'zoom out', 'zoom out': 'zoom in', 'shake': 'bounce', 'still': 'orbit'}
 
-FIRST = dict(net=dict(patch=(1, 6, 4), patch_width=192), train=dict(lr=2e-3, P_mean=-.5, P_std=1.2, self_conditioning=.3))
+FIRST = dict(net=dict(patch=(1, 6, 4), group=(16, 3, 8), patch_width=192), train=dict(lr=2e-3, P_mean=-.5, P_std=1.2, self_conditioning=.3))
 NOISE = dict(P_mean=1., P_std=1.5)
 PLAIN = dict(net=dict(finish=16), train=NOISE | dict(self_conditioning=0.))
 LAST = dict(net=dict(patch=(1, 3, 4), patch_width=128, finish=16), train=dict(lr=1.5e-3, P_mean=.7, P_std=1.5, self_conditioning=.1, data_options=dict(subjects=16, images=.1, stride=(1, 1, 2))))
@@ -68,12 +69,12 @@ def held():
 
 
 @torch.no_grad()
-def errors(model) -> dict:
+def errors(model, levels=LEVELS) -> dict:
     "Mean square error on the held-out clips at each effective noise level, with the caption, with a wrong motion, without a caption."
     _, video, captions, other = held()
     noise, found = torch.randn(video.shape, generator=torch.Generator().manual_seed(5)), {}
     asked = dict(said=model.conditions(captions), swapped=model.conditions(other), none=model.conditions(captions).without_text())
-    for level in LEVELS:
+    for level in levels:
         sigma = torch.full((len(video),), level/model.framework.sigma_in)
         x = model.framework.diffuse(video, noise, sigma)
         def error(told): return (torch.cat([model(x[i:i + 16], sigma[i:i + 16], told[i:i + 16])[0] for i in range(0, len(video), 16)]) - video).square().mean().item()
@@ -88,10 +89,10 @@ def judged(model) -> dict:
     return {key: [found[key]['right'], found[key]['count']] for key in ('background', 'subject', 'shape', 'motion', 'speed')}
 
 
-def steps_of(config: TrainConfig, steps: int, watch):
-    "Train from nothing for so many steps; `watch(trainer)` after each. Returns the trainer."
+def steps_of(config: TrainConfig, steps: int, watch, whole: bool = False):
+    "Train from nothing for so many steps, in which the learning rate falls to its end (`whole`: as in the whole run); `watch(trainer)` after each. Returns the trainer."
     clips, team = open_clips(config), Alone('cpu')
-    trainer, source = Trainer(replace(config, steps=steps), clips, team), TrainingClips(clips, config.seed)
+    trainer, source = Trainer(config if whole else replace(config, steps=steps), clips, team), TrainingClips(clips, config.seed)
     with plain_attention(not config.fused_attention):
         for batch, _ in source.portions(team.rows(config.batch), range(steps), config.batch, 1):
             take_step(trainer, batch)
@@ -181,6 +182,26 @@ def reading(path: Path):
         write_text(path, json.dumps(record, indent=1))
         print(kind, record['trials'][kind], flush=True)
 
+LESSON = dict(lesson=dict(lesson=500, lesson_options=NIGHT | dict(images=0.)), straight=dict(lesson=0))
+
+def lesson(path: Path, steps: int = 750, every: int = 50):
+    """The recipe of mini from nothing, cut after so many steps: with a first lesson of 500, and without one. What the averaged weights answer on held-out clips at two levels, for the right
+    caption and for another motion, along the way. Each trial is written when it is done."""
+    record = json.loads(path.read_text('utf-8')) if path.exists() else dict(trials={})
+    for kind, changes in LESSON.items():
+        if kind in record['trials']: continue
+        curve = {}
+        def watch(trainer):
+            p = trainer.progress
+            if p.step % every: return
+            curve[p.step] = dict(loss=round(sum(p.losses)/len(p.losses), 5), errors=errors(trainer.average.eval(), (16, 64)))
+            p.losses, p.sigmas = [], []
+            print(kind, p.step, curve[p.step], flush=True)
+        steps_of(recipe('mini', run='', workers=1, **changes), steps, watch, whole=True)
+        record['trials'][kind] = dict(changes=changes, curve=curve)
+        record['protocol'] = provenance('python tests/bench_recipe.py --lesson', steps=steps, batch=16, held_out=64, seed=0, schedule=f'the first {steps} steps of the recipe, its learning rate unchanged')
+        write_text(path, json.dumps(record, indent=1))
+
 
 def profile(name: str = 'last', steps: int = 6) -> dict:
     "Share of a step's processor time by kind of operation, largest first."
@@ -205,12 +226,14 @@ def main():
     parser.add_argument('--force', action='store_true', help='measure again what is there')
     parser.add_argument('--model', help='only this finished model, a folder or a shipped name')
     parser.add_argument('--reading', action='store_true', help='only the trials of reading')
+    parser.add_argument('--lesson', action='store_true', help='only the trials of a first lesson')
     parser.add_argument('--profile', action='store_true', help='only the profile of a step')
     o = parser.parse_args()
     if unknown := [name for name in o.names if name not in TRIALS]: parser.error(f'no such trial: {", ".join(unknown)}; there are: {", ".join(TRIALS)}')
     torch.set_num_threads(1)
     o.folder.mkdir(parents=True, exist_ok=True)
     if o.reading: return reading(o.folder/'reading.json')
+    if o.lesson: return lesson(o.folder/'lesson.json')
     if o.model: return write_text(o.folder/f'{"shipped" if o.model == "mini" else Path(o.model).resolve().parents[1].name}.json', json.dumps(finished(o.model), indent=1))
     todo = {'profile': profile} if o.profile else {name: lambda name=name: trial(name, o.seconds) for name in o.names or TRIALS}
     for name, make in todo.items():

@@ -7,9 +7,12 @@ import pytest, torch
 from snapvideo_nb import ablations, theory
 from snapvideo_nb.ablations import CLAIMS, CPU_PART, SETTINGS, STUDIES, Claim, Member, members, read_records, run, summary, verdict
 from snapvideo_nb.cli import main
+from snapvideo_nb.data import Emoji
 from snapvideo_nb.diffusion import NoiseDistribution, ScaledEDM, input_scale
+from snapvideo_nb.metrics import CaptionJudge
 from snapvideo_nb.scaling import build
 from snapvideo_nb.solvers import noise_levels
+from snapvideo_nb.video import collate
 
 ALL = [(study, name) for study, conditions in STUDIES.items() for name in conditions]
 
@@ -98,6 +101,15 @@ def test_a_mistake_gets_one_line(words, says, tmp_path, monkeypatch, capsys):
     assert main(['ablate', *words]) == 2
     said = capsys.readouterr()
     assert says in said.err.strip().splitlines()[-1] and not said.out
+
+
+def test_samples_are_compared_by_what_a_judge_sees():
+    "Real clips against real ones and against noise; the judge is the one that the metrics notebook keeps."
+    judge, world = CaptionJudge(folder='data/results/metrics'), Emoji(subjects=16, seed=5)
+    clips = [world[i] for i in range(48)]
+    video, truths = collate(clips).video, [clip.truth for clip in clips]
+    near, far = ablations.compare(video[:24], video[24:], truths[:24], judge), ablations.compare(torch.randn(video[:24].shape, generator=torch.Generator().manual_seed(0)), video[24:], truths[:24], judge)
+    assert near['frames'] < far['frames'] and near['tracks'] < far['tracks'] and near['judged']['subject']['right'] >= 22 > far['judged']['subject']['right']
 
 
 def test_the_command_lists_and_runs(tmp_path, monkeypatch, capsys):

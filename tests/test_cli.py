@@ -16,6 +16,7 @@ from snapvideo_nb.model import SnapVideo
 from snapvideo_nb.outputs import FORMATS, read_clip, read_metadata, write_file
 from snapvideo_nb.sampling import sample as library_sample
 from snapvideo_nb.text import train_tokenizer
+from snapvideo_nb.training import recipe
 from snapvideo_nb.video import read_video, to_frames, to_tensor, write_video
 
 COMMAND = [sys.executable, '-c', 'import sys; from snapvideo_nb.cli import main; sys.exit(main())']
@@ -258,6 +259,19 @@ def test_fine_tuning_takes_the_models_own_recipe_and_a_folder_of_its_own(folder,
     told = json.loads(Path('runs/first-tuned/config.json').read_text())
     assert (told['preset'], told['batch'], told['lr'], told['data'], told['init_from']) == ('tiny', 3, .004, 'mine', 'first/model')
     assert main(['train', '--init_from', 'mini', '--preset', 'tiny', '--steps', '0']) == 2
+
+
+def test_lessons_belong_to_the_recipes_own_world(folder, monkeypatch):
+    "On other data nothing is asked that its clips cannot answer, unless one says so."
+    asked = []
+    monkeypatch.setattr('snapvideo_nb.training.train', lambda config, team: asked.append(config) or Path(config.run))
+    for words in ([], ['--data', 'mine'], ['--data', 'shapes', '--reading', '7', '--data-options', 'pairs', 'one or two'], ['--lesson', '0', '--data-options', 'subjects', '4'], ['--lesson-options', 'colours', "['white']"]):
+        assert main(['train', '--preset', 'mini', *words]) == 0
+    mini = recipe('mini')
+    assert asked[0] == mini and mini.reading and mini.lesson and mini.frozen_text
+    assert [(c.reading, c.lesson, c.frozen_text) for c in asked[1:3]] == [(0, 0, False), (7, 0, False)]
+    assert [c.data_options for c in asked[1:4]] == [{}, {'pairs': 'one or two'}, {'subjects': 4, 'images': .1}] and asked[3].lesson == 0
+    assert asked[4].lesson_options == mini.lesson_options | {'colours': ['white']}
 
 
 def test_data_show_writes_a_sheet_and_prints_captions(folder, capsys):
