@@ -85,7 +85,7 @@ def replay(run: Run) -> tuple[Float[Tensor, '1 3 t h w'], Trajectory]:
 
 # %% ../nbs/17b_player.ipynb #cecbb233
 class Film:
-    "What of a run is shown: `x`, `D` and `change` as pixels [steps, T, H, W, 3], `sigma` and `moved` (root mean square of the change of D) step by step, `told_at` (where a step's latents come from: with Heun's method its end), and the finished clip."
+    "What of a run is shown: `x`, `D` and `change` (of D's pictures, which end at black and white; doubled) as pixels [steps, T, H, W, 3], `sigma` and `moved` (root mean square of the change of D) step by step, `told_at` (where a step's latents come from: with Heun's method its end), and the finished clip."
     def __init__(self, run: Run):
         self.run = run
         video, path = replay(run)
@@ -94,7 +94,8 @@ class Film:
         D, x = torch.cat(path.denoised), torch.cat([x/(s**2 + run.sigma_in**-2)**.5 for x, s in zip(path.x, path.sigma)])
         change = torch.diff(D, dim=0, prepend=torch.zeros_like(D[:1]))
         self.moved = change.square().flatten(1).mean(1).sqrt().tolist()
-        self.x, self.D, self.change = map(to_frames, (x, D, 2*change))
+        seen = torch.diff(D.clamp(-1, 1), dim=0, prepend=torch.zeros_like(D[:1]))
+        self.x, self.D, self.change = map(to_frames, (x, D, 2*seen))
 
     def at(self, sigma: float) -> int:
         "The step whose noise level is nearest, as a ratio."
