@@ -349,7 +349,7 @@ def train_command(words: list):
         choose_device(config.device)
         given = dict(data_options={key: literal(value) for key, value in config.data_options.items()}, lesson_options={key: literal(value) for key, value in config.lesson_options.items()})
         if config.data == base.data: given = {key: getattr(base, key) | value for key, value in given.items()}
-        else: given |= {key: value for key, value in AT_HOME.items() if f'--{key.replace("_", "-")}' not in ' '.join(words).replace('_', '-')}
+        else: given |= {key: value for key, value in AT_HOME.items() if key not in {word.split('=')[0].strip('-').replace('-', '_') for word in words}}
         if model: print(f'snapvideo: {model} is trained further in {config.run}, by the recipe of {preset or "its own training"}', file=sys.stderr)
         with contextlib.closing(assemble(config.device, config.shards)) as team:
             try: folder = train(replace(config, **given), team=team)

@@ -26,7 +26,7 @@ from snapvideo_nb.metrics import CaptionJudge
 from snapvideo_nb.model import PRESETS, SnapVideo, weights_folder
 from snapvideo_nb.runs import provenance, write_text
 from snapvideo_nb.sampling import sample
-from snapvideo_nb.training import NIGHT, Alone, TrainConfig, Trainer, TrainingClips, loss_by_noise, open_clips, recipe, take_step
+from snapvideo_nb.training import Alone, TrainConfig, Trainer, TrainingClips, loss_by_noise, open_clips, recipe, take_step
 from snapvideo_nb.video import collate, to_tensor
 
 RESULTS = Path(__file__).resolve().parent.parent/'data'/'results'
@@ -182,7 +182,7 @@ def reading(path: Path):
         write_text(path, json.dumps(record, indent=1))
         print(kind, record['trials'][kind], flush=True)
 
-LESSON = dict(lesson=dict(lesson=500, lesson_options=NIGHT | dict(images=0.)), straight=dict(lesson=0))
+LESSON = dict(lesson=dict(lesson=500), straight=dict(lesson=0))
 
 def lesson(path: Path, steps: int = 750, every: int = 50):
     """The recipe of mini from nothing, cut after so many steps: with a first lesson of 500, and without one. What the averaged weights answer on held-out clips at two levels, for the right

@@ -265,12 +265,13 @@ def test_lessons_belong_to_the_recipes_own_world(folder, monkeypatch):
     "On other data nothing is asked that its clips cannot answer, unless one says so."
     asked = []
     monkeypatch.setattr('snapvideo_nb.training.train', lambda config, team: asked.append(config) or Path(config.run))
-    for words in ([], ['--data', 'mine'], ['--data', 'shapes', '--reading', '7', '--data-options', 'pairs', 'one or two'], ['--lesson', '0', '--data-options', 'subjects', '4'], ['--lesson-options', 'colours', "['white']"]):
+    for words in ([], ['--data', 'mine'], ['--data', 'shapes', '--reading', '7', '--data-options', 'pairs', 'one or two'], ['--lesson', '0', '--data-options', 'subjects', '4'], ['--lesson-options', 'colours', "['white']"], ['--data', 'mine', '--lesson-noise', '2', '1']):
         assert main(['train', '--preset', 'mini', *words]) == 0
     mini = recipe('mini')
     assert asked[0] == mini and mini.reading and mini.lesson and mini.frozen_text
     assert [(c.reading, c.lesson, c.frozen_text) for c in asked[1:3]] == [(0, 0, False), (7, 0, False)]
     assert [c.data_options for c in asked[1:4]] == [{}, {'pairs': 'one or two'}, {'subjects': 4, 'images': .1}] and asked[3].lesson == 0
+    assert asked[5].lesson == 0
     assert asked[4].lesson_options == mini.lesson_options | {'colours': ['white']}
 
 
