@@ -111,7 +111,7 @@ reads = dict(reading=500, frozen_text=True)
 gpu = common | dict(steps=20_000, batch=64, lr=1e-3, warmup=500, checkpoint_every=1000, workers=8, device='cuda')
 SETTINGS = {
     'reduced': Setting(ModelConfig(reduced, own_text, fps=8.), 'emoji', dict(subjects=4, motions=('left', 'right', 'up', 'down', 'still'), backgrounds=('plain',), colours=('black',)),
-                       common | reads | dict(steps=1500, batch=16, optimizer='muon', lr=4e-3, fused_attention=False)),
+                       common | reads | dict(steps=1000, batch=16, optimizer='muon', lr=4e-3, P_mean=.5, P_std=1.6, fused_attention=False)),
     'small': Setting(PRESETS['small'], 'emoji', dict(subjects=16), gpu | reads, samples=512, sample_steps=40),
     'film': Setting(PRESETS['small'], 'film', dict(stride=(1, 2, 3)), gpu, samples=512, sample_steps=40),
     'shapes': Setting(PRESETS['tiny'], 'shapes', {}, dict(steps=2, batch=2, lr=1e-3, warmup=1, sample_every=0, keep=1, checkpoint_every=2, workers=0, precision='fp32', reading=3, frozen_text=True), samples=8, sample_steps=2, probes=8)}
