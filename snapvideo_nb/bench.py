@@ -6,8 +6,9 @@
 __all__ = ['MIXTURE', 'POINTS', 'RANKS', 'EXACT', 'SOLVER_LOOK', 'STEPS', 'WIDTHS', 'FRAMES', 'SIZES', 'OPPONENT', 'BATCH',
            'TRAINING_STEPS', 'CARD', 'rank', 'at_rank', 'BenchState', 'bench_run', 'draw_floor', 'path_panel',
            'exact_paths', 'ends_panel', 'evaluations_panel', 'clips_panel', 'bench', 'AnatomyState', 'locate',
-           'attention_maps', 'law', 'fit_law', 'along', 'scaled_network', 'count_all', 'load_counts', 'grid_of_latents',
-           'patches_panel', 'short', 'bars', 'anatomy', 'measured_rates', 'ScalingState', 'bill', 'scaling']
+           'attention_maps', 'law', 'fit_law', 'along', 'scaled_network', 'count_all', 'load_counts', 'readers',
+           'grid_of_latents', 'patches_panel', 'patch_spots', 'short', 'bars', 'anatomy', 'measured_rates',
+           'ScalingState', 'bill', 'scaling']
 
 # %% ../nbs/17c_bench.ipynb #8c2f7cbd
 import json, math
@@ -19,7 +20,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 from torch.nn import functional as F
 from .diffusion import GaussianMixture
-from .explore import COLOURS, Chart, View, panel, tile, ungrain, unpack, words
+from .explore import COLOURS, Chart, Spots, View, panel, tile, ungrain, unpack, words
 from .fit import FITConfig, fit_work
 from .model import PRESETS
 from .plan import PAPER_SECONDS, STATE, activation_bytes, divisors, step_work
@@ -253,11 +254,16 @@ def load_counts() -> dict:
     return json.loads((results_folder()/'counts.json').read_text('utf-8'))
 
 # %% ../nbs/17c_bench.ipynb #1dca07ce
+def readers(c: FITConfig, group: int) -> range:
+    "The latents that read a group's patches and write to them."
+    share = c.latents//math.prod(c.groups)
+    return range(group*share, (group + 1)*share)
+
 def grid_of_latents(c: FITConfig, state: AnatomyState, maps: list | None) -> str:
     "All latents as squares: bright the share of the patch's group, and, with a model's maps, how strongly each reads the patch or is read by it (1: as much as all others)."
     group, place = locate(c, state.frame, state.row, state.column)
-    share, across = c.latents//math.prod(c.groups), 32
-    own = range(group*share, (group + 1)*share)
+    own, across = readers(c, group), 32
+    share = len(own)
     weights = np.ones(share)
     if maps: weights = (maps[state.block]['read'][group][:, place]*math.prod(c.group) if state.way == 'read' else maps[state.block]['write'][group][place]*share).numpy()
     top, side = max(weights.max(), 1e-9), 400/across
@@ -282,6 +288,14 @@ def patches_panel(c: FITConfig, state: AnatomyState, frames: UInt8[np.ndarray, '
     label = f'{c.grid[1]} x {c.grid[2]} patches in each of {c.grid[0]} frames, {c.groups[1]} x {c.groups[2]} groups over all frames'
     return panel('patches and groups', 36 + height, words(label, 10, 18, size=12), tile(pixels, 10, 30, 400), *cuts, marks)
 
+def patch_spots(c: FITConfig, state: AnatomyState) -> Spots:
+    "Where `patches_panel` is pointed at: every patch of the frame, named with its group and latents, which are those that read it and write to it."
+    height, (_, rows, columns), groups = 400*c.padded[1]/c.padded[2], c.grid, math.prod(c.groups)
+    told = [f'group {group + 1} of {groups}, read and written by latents {own[0] + 1} to {own[-1] + 1}' for group in range(groups) for own in [readers(c, group)]]
+    at = [(row, column) for row in range(rows) for column in range(columns)]
+    return Spots((10/420, 30/(36 + height), 400/420, height/(36 + height)), columns, tuple(f'row {row + 1}, column {column + 1}: {told[locate(c, state.frame, row, column)[0]]}' for row, column in at),
+                 tuple(dict(row=row, column=column) for row, column in at), state.row*columns + state.column)
+
 def short(value: float) -> str:
     "Three figures, or all before the point."
     return f'{value:,.0f}' if value >= 100 else f'{value:.3g}'
@@ -297,7 +311,7 @@ def bars(title: str, rows: list[tuple]) -> str:
         parts += [words(name, 130, y + 14, anchor='end', size=11), f'<rect x="136" y="{y}" width="{length:.1f}" height="18" fill="{COLOURS[colour]}"/>', words(told, 142 + length, y + 14, size=11)]
     return panel(title, 36 + 22*len(rows), words(title, 10, 18, size=13), *parts)
 
-# %% ../nbs/17c_bench.ipynb #82276812
+# %% ../nbs/17c_bench.ipynb #2f756bbb
 OPPONENT = {'mini': 'unet-mini', 'fit-500m': 'unet-284m'}
 
 def anatomy(state: AnatomyState, counts: dict, frames: UInt8[np.ndarray, 't h w 3'] | None = None, maps: list | None = None, model: FITConfig | None = None) -> View:
@@ -313,10 +327,10 @@ def anatomy(state: AnatomyState, counts: dict, frames: UInt8[np.ndarray, 't h w 
             ('FIT, kept per clip', clip, f'{clip/1e9:.3g} GB', 'blue'), ('U-Net, kept per clip', unet['clip'], f'{unet["clip"]/1e9:.3g} GB', 'red')]
     parts = [(part, value, f'{short(value/1e9)} GFLOP', 'green') for part, value in flops.items() if value]
     panels = {'patches': patches_panel(c, state, frames if same_shape else None), 'latents': grid_of_latents(c, state, maps if c == model else None), 'bill': bars('one clip', rows), 'parts': bars('where the work goes', parts)}
-    share, every = c.latents//math.prod(c.groups), math.prod(c.groups)
-    text = (f'The patch in row {state.row + 1}, column {state.column + 1} of frame {state.frame + 1} is in group {group + 1} of {every}: latents {group*share + 1} to {(group + 1)*share} of {c.latents} read its group of {math.prod(c.group):,} patches and write back to it, in each of {c.blocks} blocks; in between, all {c.latents} talk to each other. '
+    latents, every = readers(c, group), math.prod(c.groups)
+    text = (f'The patch in row {state.row + 1}, column {state.column + 1} of frame {state.frame + 1} is in group {group + 1} of {every}: latents {latents[0] + 1} to {latents[-1] + 1} of {c.latents} read its group of {math.prod(c.group):,} patches and write back to it, in each of {c.blocks} blocks; in between, all {c.latents} talk to each other. '
             f'{total/unet["work"]:.2g} times the work and {clip/unet["clip"]:.2g} times the activations of {OPPONENT[state.preset]}.')
-    return View(panels, text)
+    return View(panels, text, {'patches': patch_spots(c, state)})
 
 # %% ../nbs/17c_bench.ipynb #2a8a55de
 def measured_rates() -> dict[str, dict[str, float]]:

@@ -1,4 +1,4 @@
-"""The widgets in a real browser: `snapvideo explore` opened in JupyterLab and in Voila, every control moved by keyboard, pictures and sentences compared with the functions.
+"""The widgets in a real browser: `snapvideo explore` opened in JupyterLab and in Voila, every control moved by keyboard, patches pointed at with the mouse, pictures and sentences compared with the functions.
 
 Chromium is taken from CHROMIUM, the PATH or Playwright's own; where there is none, the tests are skipped and say so. SCREENSHOTS=folder keeps pictures of the pages.
 """
@@ -129,6 +129,42 @@ def move_everything(page, functions):
     assert page.locator('[data-mime-type="application/vnd.jupyter.error"], [data-mime-type="application/vnd.jupyter.stderr"]').all_inner_texts() == []
 
 
+def point(page, functions):
+    "The FIT anatomy after `move_everything`: the mouse over a patch names it, a click chooses it and moves the sliders; the keyboard goes on from there, and Tab does not stop on the picture."
+    shell = page.locator('.explore-shell').nth(list(MOVES).index('anatomy'))
+    image, controls, said = shell.locator('.explore-stage img').first, shell.locator('.explore-controls > *'), shell.locator('.explore-said [role=status]')
+    state, places = {name: value for name, _, value in MOVES['anatomy']}, {name: place for place, (name, *_) in enumerate(MOVES['anatomy'])}
+    _, rows, columns = AnatomyState(**state).network.grid
+    def over(row, column):
+        "The middle of a patch: the drawing is 420 units wide, its frame begins at (10, 30) and is 400 wide."
+        image.scroll_into_view_if_needed()
+        box = image.bounding_box()
+        unit, height = box['width']/420, 400*AnatomyState(**state).network.padded[1]/AnatomyState(**state).network.padded[2]
+        return box['x'] + unit*(10 + 400*(column + .5)/columns), box['y'] + unit*(30 + height*(row + .5)/rows)
+    def shows(row, column):
+        told = functions['anatomy'](**state | dict(row=row, column=column))
+        expect(said).to_have_text(told.text)
+        until = time.time() + 10
+        while drawn(shell) != list(told.panels.values()) and time.time() < until: time.sleep(.1)
+        assert drawn(shell) == list(told.panels.values()), f'patch {row}, {column}'
+        for name, value in (('row', row), ('column', column)): expect(controls.nth(places[name]).locator('.widget-readout')).to_have_text(str(value))
+    before = said.inner_text()
+    for row, column in ((0, 0), (rows - 1, columns - 1), (rows//3, columns//2)):
+        page.mouse.move(*over(row, column))
+        page.wait_for_function('([x, y, name]) => document.elementFromPoint(x, y).title.startsWith(name)', arg=[*over(row, column), f'row {row + 1}, column {column + 1}: group '])
+        assert said.inner_text() == before                                                  # to look is not to choose
+        page.mouse.click(*over(row, column))
+        shows(row, column)
+        before = said.inner_text()
+    page.mouse.move(0, 0)
+    controls.nth(places['row']).locator('.noUi-handle').press('ArrowRight')
+    shows(rows//3 + 1, columns//2)
+    controls.nth(len(places) - 1).locator('.noUi-handle').focus()
+    for _ in range(4):
+        page.keyboard.press('Tab')
+        assert not page.evaluate('document.activeElement.closest(".explore-spots")')
+
+
 def use_buttons(page):
     "The model at work behind buttons: a run of two steps joins the player, the bench shows clips that were made; a play button steps through the run."
     shell = page.locator('.explore-shell').nth(1)
@@ -154,11 +190,13 @@ def test_voila(opened, page, functions):
     expect(page.locator('.explore-shell')).to_have_count(5)
     move_everything(page, functions)
     picture(page, 'voila')
+    point(page, functions)
     use_buttons(page)
     assert not page.locator('.highlight pre').count() and page.locator('details').count() == 5
     page.set_viewport_size(dict(width=390, height=844))
     assert page.evaluate('document.documentElement.scrollWidth') <= 390
     picture(page, 'voila-phone')
+    point(page, functions)
 
 
 def test_jupyterlab(opened, page, functions):
@@ -169,6 +207,7 @@ def test_jupyterlab(opened, page, functions):
     page.locator('.lm-Menu-item', has_text=re.compile('^Run All Cells')).click()
     expect(page.locator('.explore-shell')).to_have_count(5)
     move_everything(page, functions)
+    point(page, functions)
     picture(page, 'jupyterlab')
 
 
