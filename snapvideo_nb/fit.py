@@ -24,7 +24,7 @@ class FITConfig:
     `frames`, `height`, `width`: the clip in frames and pixels. `patch` in pixels, `group` in patches. `local_layers` are
     self-attentions among the patches of a group, per block: the original FIT's, 0 in the paper. `patch_head` is the head dimension wherever
     patches or conditions take part, `latent_head` that of the latents among themselves. `position` is how the patch positions
-    start: 'normal' (N(0, .02^2), the paper's) or 'sinusoid' (this project's for short training, with latents of unit size).
+    start: 'normal' (N(0, .02^2)) or 'sinusoid' (this project's for short training, with latents of unit size).
     `finish`: channels of a convolutional finish, this project's for small models; 0 in the paper. Two settings are there to be switched off and on in ablations: `cross_forward`, the
     feed-forwards after cross-attention (the paper has them), and `separable`, local layers that look along space and along time in turns instead of at both at once."""
     frames: int = 16

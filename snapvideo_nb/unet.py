@@ -89,7 +89,7 @@ class FrameAttention(nn.Module):
 
 # %% ../nbs/05_unet.ipynb #7d790610
 def as_pictures(x: Float[Tensor, 'n h w c']) -> Float[Tensor, 'n c h w']:
-    "Pictures as convolutions take them. In memory the channels stay last on a GPU, whose convolutions want it so; on a CPU they come first, as its group norm is up to eight times slower otherwise."
+    "Pictures as convolutions take them. In memory the channels stay last on a GPU, whose convolutions want it so; on a CPU they come first, as its group norm wants."
     x = x.permute(0, 3, 1, 2)
     return x if x.is_cuda else x.contiguous()
 
