@@ -6,8 +6,8 @@
 __all__ = ['PAPER', 'NIGHT', 'RECIPES', 'AT_HOME', 'TIME', 'SIGNAL', 'Subject', 'Schedule', 'Task', 'Average', 'Housekeeping',
            'TrainConfig', 'recipe', 'learning_rate', 'local', 'Lamb', 'Muon', 'make_optimizer', 'blank', 'moments',
            'ema_decay', 'step_seed', 'chances', 'low_res_chances', 'TrainingClips', 'quiet', 'previous_latents',
-           'autocast', 'products', 'Frame', 'clip_losses', 'training_loss', 'base_config', 'Lesson', 'open_clips',
-           'first_captions', 'questions_of', 'start_model', 'loss_by_noise', 'Progress', 'read_config', 'Run',
+           'autocast', 'products', 'Frame', 'clip_losses', 'training_loss', 'base_config', 'first_captions',
+           'questions_of', 'Lesson', 'open_clips', 'start_model', 'loss_by_noise', 'Progress', 'read_config', 'Run',
            'questions', 'save_samples', 'Alone', 'Trainer', 'gradient', 'take_step', 'keep_refused', 'Books', 'loop',
            'try_samples', 'loader_watched', 'train', 'conclude', 'averaged_model', 'tuning_recipe']
 
@@ -133,7 +133,7 @@ RECIPES = {'mini': dict(data_options=dict(subjects=16, images=.1), steps=7500, o
            'unet-85m': PAPER | dict(optimizer='adamw', lr=1e-4, betas=(.9, .999)), 'unet-284m': PAPER | dict(optimizer='adamw', lr=1e-4, betas=(.9, .999))}
 
 # %% ../nbs/09_training.ipynb #c8ae3116
-AT_HOME = dict(reading=0, lesson=0, frozen_text=False)  # what a recipe asks for in its own world alone, and what holds elsewhere
+AT_HOME = dict(reading=0, lesson=0, frozen_text=False)  # what holds on other data: a recipe's own values need a world whose truth is known
 
 def recipe(preset: str, **changes) -> TrainConfig:
     "The run that a preset is made with, in runs/PRESET, with your changes: `recipe('mini', steps=100)`. ValueError for an unknown preset."
@@ -348,7 +348,21 @@ def base_config(config: TrainConfig) -> ModelConfig:
     if config.init_from: return ModelConfig.from_dict(json.loads((weights_folder(config.init_from)/'config.json').read_text('utf-8')))
     return PRESETS[recipe(config.preset).preset]
 
-# %% ../nbs/09_training.ipynb #c40ea2fc
+# %% ../nbs/09_training.ipynb #93596422
+def first_captions(clips, count: int = 4000) -> list[str]:
+    "Captions of a data set: all of a finite one, the first `count` of an endless one or of a stream."
+    found = getattr(clips, 'captions', None) or (lambda n: [clips.program(j)['caption'] for j in range(n)])
+    return [caption for caption in (found(count) if callable(found) else found) if caption]
+
+def questions_of(clips, count: int = 16_000) -> tuple[list[str], dict[str, list]]:
+    "The captions of an endless world's first clips, and what they say, question by question. ValueError for clips whose truth is not known."
+    if not hasattr(clips, 'program'): raise ValueError('reading is taught with clips whose truth is known (emoji, shapes); for these: reading=0')
+    programs = [clips.program(j) for j in range(count)]
+    actors = {f'{which} {key}': [(p if which == 'first' else p['second'] or {}).get(key) for p in programs] for which in ('first', 'second') for key in ('subject', 'motion', 'speed')}
+    grounds = dict(background=[p['background'] for p in programs]) | {f'{which} colour': [(p['colours'] or [None])[place] for p in programs] for which, place in (('first', 0), ('last', -1))}
+    return [p['caption'] for p in programs], actors | grounds
+
+# %% ../nbs/09_training.ipynb #79145337
 class Lesson:
     "Endless clips whose first `count` come from an easier world: a function of the clip's number, so that a lesson can be stopped and continued like everything else."
     def __init__(self, easier, world, count: int): self.easier, self.world, self.count = easier, world, count
@@ -370,19 +384,7 @@ def open_clips(config: TrainConfig):
     if not hasattr(clips, 'program'): raise ValueError('a first lesson needs an endless world (emoji, shapes); for these: lesson=0')
     return Lesson(world(**config.lesson_options), clips, config.lesson*config.batch)
 
-def first_captions(clips, count: int = 4000) -> list[str]:
-    "Captions of a data set: all of a finite one, the first `count` of an endless one or of a stream."
-    found = getattr(clips, 'captions', None) or (lambda n: [clips.program(j)['caption'] for j in range(n)])
-    return [caption for caption in (found(count) if callable(found) else found) if caption]
-
-def questions_of(clips, count: int = 16_000) -> tuple[list[str], dict[str, list]]:
-    "The captions of an endless world's first clips, and what they say, question by question. ValueError for clips whose truth is not known."
-    if not hasattr(clips, 'program'): raise ValueError('reading is taught with clips whose truth is known (emoji, shapes); for these: reading=0')
-    programs = [clips.program(j) for j in range(count)]
-    actors = {f'{which} {key}': [(p if which == 'first' else p['second'] or {}).get(key) for p in programs] for which in ('first', 'second') for key in ('subject', 'motion', 'speed')}
-    grounds = dict(background=[p['background'] for p in programs]) | {f'{which} colour': [(p['colours'] or [None])[place] for p in programs] for which, place in (('first', 0), ('last', -1))}
-    return [p['caption'] for p in programs], actors | grounds
-
+# %% ../nbs/09_training.ipynb #3db12225
 def start_model(config: TrainConfig, clips, fresh: bool = True) -> SnapVideo:
     """The model that a run begins with: a preset with a tokenizer of its own made from the data's captions, a trained model to fine-tune, or an upsampler with its first stage's weights.
     With `reading`, its small encoder is taught to read (not where the weights are about to be replaced by a checkpoint's: not `fresh`)."""
