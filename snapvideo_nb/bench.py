@@ -24,7 +24,8 @@ from .explore import COLOURS, Chart, Spots, View, panel, tile, ungrain, unpack, 
 from .fit import FITConfig, fit_work
 from .model import PRESETS
 from .plan import PAPER_SECONDS, STATE, activation_bytes, divisors, step_work
-from .player import film_of, results_folder
+from .player import film_of
+from .runs import results_folder
 from .sampling import seeded_noise
 from .scaling import parameter_count, resized, work
 from .solvers import SOLVERS, Denoise, churn_step, noise_levels, solve
@@ -251,7 +252,7 @@ def count_all(progress=print) -> dict:
 
 def load_counts() -> dict:
     "The stored counts. FileNotFoundError where the results are not at hand."
-    return json.loads((results_folder()/'counts.json').read_text('utf-8'))
+    return json.loads((results_folder('explore')/'counts.json').read_text('utf-8'))
 
 # %% ../nbs/17c_bench.ipynb #1dca07ce
 def readers(c: FITConfig, group: int) -> range:

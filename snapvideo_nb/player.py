@@ -5,15 +5,14 @@
 # %% auto #0
 __all__ = ['film_of', 'VIEWS', 'CAPTION', 'STUDY', 'PAGE_STYLE', 'PAGE_BODY', 'PAGE_SIDES', 'PAGE_PAINT', 'PAGE_DRAW',
            'PAGE_PLAY', 'PAGE', 'Run', 'record_run', 'replay', 'Film', 'PlayerState', 'grid', 'grid_panel', 'now_panel',
-           'change_panel', 'player', 'results_folder', 'base_runs', 'strips_record', 'record_model', 'record_path',
-           'load_record', 'record_home', 'keep_record', 'sprites', 'player_page', 'export_player']
+           'change_panel', 'player', 'base_runs', 'strips_record', 'record_model', 'record_path', 'load_record',
+           'record_home', 'keep_record', 'sprites', 'player_page', 'export_player']
 
 # %% ../nbs/17b_player.ipynb #5efc88bf
 import base64, io, json, math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import lru_cache
-from importlib.util import find_spec
 from pathlib import Path
 import numpy as np, torch
 from jaxtyping import Float, Int8, UInt8
@@ -23,7 +22,7 @@ from .data import cache_folder, open_data
 from .explore import COLOURS, Chart, View, grains, noise_record, pack, panel, tile, ungrain, unpack, words
 from .model import SnapVideo, weights_folder
 from .outputs import model_digest, slug
-from .runs import provenance, write_text
+from .runs import provenance, results_folder, write_text
 from .sampling import Trajectory, sample, seeded_noise
 from .solvers import SOLVERS, Denoise, State, noise_levels, solve
 from .video import to_frames, whole_file
@@ -168,11 +167,6 @@ def player(runs: list[Run], state: PlayerState) -> View:
 CAPTION = 'a frog moves up quickly on a blue background'
 STUDY = dict(solvers=('euler', 'heun', 'dpm++', 'churn'), steps=(4, 8, 16), seeds=(0, 1), fine=48)
 
-def results_folder(study: str = 'explore') -> Path:
-    "Where a study's results lie: in a checkout's data/results, else in the installed package."
-    package = Path(find_spec('snapvideo_nb').origin).resolve().parent
-    return next((p for p in (package.parent/'data/results', package/'results') if p.is_dir()), package/'results')/study
-
 def base_runs(captions: list[str]) -> list[dict]:
     "The settings of the runs that are recorded: for the first caption a base and two variations, for others one each."
     return [dict(caption=captions[0]), dict(caption=captions[0], guidance=0.), dict(caption=captions[0], solver='dpm++'), *(dict(caption=caption) for caption in captions[1:])]
@@ -208,7 +202,7 @@ def record_model(name: str = 'mini', captions: list[str] | None = None, device=N
 
 def record_path(name: str = 'mini', captions: list[str] | None = None, kept: Path | None = None) -> Path:
     "Where a model's record lies: with the package for its own captions (or in the folder `kept`), else in the user's cache, under its digest and captions."
-    own = (kept or results_folder())/f'{Path(name).name}.json'
+    own = (kept or results_folder('explore'))/f'{Path(name).name}.json'
     if not captions and own.exists() and json.loads(own.read_text('utf-8'))['protocol']['weights'] == model_digest(weights_folder(name)): return own
     return cache_folder()/'explore'/f'{slug(Path(name).name)}-{model_digest(weights_folder(name))}-{slug(" ".join(captions or [CAPTION]), 60)}.json'
 
@@ -223,7 +217,7 @@ def load_record(name: str = 'mini', captions: list[str] | None = None, kept: Pat
 
 def record_home(name: str = 'mini', captions: list[str] | None = None) -> Path:
     "Where a record that is made belongs: for the model that ships, in a checkout, data/results/explore; else the user's cache."
-    own = results_folder()/f'{name}.json'
+    own = results_folder('explore')/f'{name}.json'
     return own if not captions and own.exists() and own.parents[2].name == 'data' else record_path(name, captions)
 
 def keep_record(record: dict, path: Path) -> Path:

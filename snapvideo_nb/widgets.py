@@ -20,7 +20,7 @@ from IPython.display import display
 from .bench import FRAMES, SIZES, WIDTHS, AnatomyState, BenchState, ScalingState, anatomy, attention_maps, bench, load_counts, measured_rates, scaling
 from .explore import RedundancyMaterial, RedundancyState, Spots, View, explore_clips, panel, redundancy, words
 from .model import SnapVideo, weights_folder
-from .player import VIEWS, PlayerState, Run, export_player, film_of, keep_record, load_record, player, record_model, record_path, record_run, replay, results_folder
+from .player import VIEWS, PlayerState, Run, export_player, film_of, keep_record, load_record, player, record_model, record_path, record_run, replay
 from .sampling import sample
 from .solvers import SOLVERS, churn_step
 from .video import to_frames, whole_file

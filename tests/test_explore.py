@@ -12,7 +12,8 @@ from snapvideo_nb.cli import main
 from snapvideo_nb.explore import RedundancyMaterial, RedundancyState, explore_clips, redundancy
 from snapvideo_nb.model import SnapVideo, weights_folder
 from snapvideo_nb.outputs import model_digest
-from snapvideo_nb.player import PlayerState, keep_record, load_record, record_path, results_folder
+from snapvideo_nb.player import PlayerState, keep_record, load_record, record_path
+from snapvideo_nb.runs import results_folder
 from snapvideo_nb.widgets import explore_notebook
 
 REMAKE = 'make it again with: snapvideo explore --record --force'
@@ -34,7 +35,7 @@ def well_formed(view):
 
 
 def test_the_kept_record_is_of_the_weights_that_ship():
-    kept = json.loads((results_folder()/'mini.json').read_text())
+    kept = json.loads((results_folder('explore')/'mini.json').read_text())
     assert kept['protocol']['weights'] == model_digest(weights_folder('mini')), f'data/results/explore/mini.json shows other weights than those that ship: {REMAKE}'
 
 
