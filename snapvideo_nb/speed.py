@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PARTS', 'CHILD', 'synchronize', 'take_turns', 'quartiles', 'arithmetic', 'matrix_rate', 'copy_rate',
-           'measured_machine', 'Stopwatch', 'part', 'Passes', 'anatomy', 'fitting_batch', 'usual_batch', 'resident',
-           'raised_peak', 'peak_bytes', 'timed', 'weighed', 'measured_group', 'measure', 'table']
+           'measured_machine', 'Stopwatch', 'part', 'Evaluation', 'Passes', 'anatomy', 'fitting_batch', 'usual_batch',
+           'resident', 'raised_peak', 'peak_bytes', 'timed', 'weighed', 'measured_group', 'measure', 'table']
 
 # %% ../nbs/14b_speed.ipynb #96a3aa2d
 import gc, json, os, statistics, subprocess, sys, time
@@ -94,16 +94,12 @@ def part(op: Op) -> str:
     return next((PARTS[word] for word in path if word in PARTS), 'the rest')
 
 # %% ../nbs/14b_speed.ipynb #489ae3f1
-class Passes:
-    """A network with what is timed about it: `evaluate()`, one evaluation as sampling does it (what can be prepared once per clip is), and `train()`, one training
-    step: a FIT's extra pass for nine clips in ten, forward, backward and AdamW. Random inputs of `batch` clips; text encoder and framework are left out."""
-    def __init__(self, network, batch: int = 1, precision: str = 'bf16', device='cpu', text_tokens: int = 128, compile: bool = False, recompute: bool = False, fused: bool = True):
-        self.config, self.precision, self.device, self.text_tokens, self.fused = network, precision, device, text_tokens, fused
+class Evaluation:
+    "A network with random inputs of `batch` clips, and `evaluate()`, one evaluation as sampling does it (what can be prepared once per clip is). Text encoder and framework are left out."
+    def __init__(self, network, batch: int = 1, precision: str = 'bf16', device='cpu', text_tokens: int = 128):
+        self.config, self.precision, self.device, self.text_tokens = network, precision, device, text_tokens
         with torch.device(device): self.network = build(network)
-        self.network.recompute = recompute
-        self.optimizer = torch.optim.AdamW(self.network.parameters())
         self.resize(batch)
-        if compile: self.compile()
 
     def compile(self):
         "From now on, until inputs change, the network runs compiled."
@@ -120,6 +116,15 @@ class Passes:
         x, c_noise, _ = self.inputs
         self.network.eval()
         with arithmetic(self.precision, self.device): return self.forward(x, c_noise, self.prepared)[0]
+
+# %% ../nbs/14b_speed.ipynb #a39acf69
+class Passes(Evaluation):
+    "A network with all that is timed about it: besides `evaluate()`, `train()`, one training step: a FIT's extra pass for nine clips in ten, forward, backward and AdamW."
+    def __init__(self, network, batch: int = 1, precision: str = 'bf16', device='cpu', text_tokens: int = 128, compile: bool = False, recompute: bool = False, fused: bool = True):
+        super().__init__(network, batch, precision, device, text_tokens)
+        self.network.recompute, self.fused = recompute, fused
+        self.optimizer = torch.optim.AdamW(self.network.parameters())
+        if compile: self.compile()
 
     @property
     def share(self) -> float:
@@ -169,6 +174,7 @@ def fitting_batch(passes: Passes, what: str, limit: int = 1024) -> int:
     torch.cuda.empty_cache()
     return best
 
+# %% ../nbs/14b_speed.ipynb #c21f0183
 def usual_batch(network, precision: str = 'bf16', limit: int = 16) -> int:
     "For a CPU: the largest power of two of clips, up to `limit`, with which training takes half of the machine's memory at most, by the formula; at least 1."
     most = largest_batch(network, os.sysconf('SC_PHYS_PAGES')*os.sysconf('SC_PAGE_SIZE')/2, 'bf16' if precision == 'bf16' else 'fp32')
@@ -187,6 +193,7 @@ def raised_peak(network, **options) -> int:
     for _ in range(2): passes.train()
     return resident(True) - before
 
+# %% ../nbs/14b_speed.ipynb #20bc0df6
 CHILD = """import json, sys
 from snapvideo_nb.model import ModelConfig
 from snapvideo_nb.speed import raised_peak
@@ -245,6 +252,7 @@ def measured_group(group: dict[str, Passes], machine: Machine, batch: int, round
         rows[name] |= weighed(p)
     return rows
 
+# %% ../nbs/14b_speed.ipynb #ec6f7fcb
 def measure(presets: list[str], device='cpu', precision: str = 'bf16', batch: int = 0, rounds: int = 10, warmup: int = 2, compile: bool = False, recompute: bool = False,
             fused: bool = True, progress: Callable = lambda text: None) -> dict:
     """Time and memory per clip of the networks of presets, with the protocol: a dictionary that `json` can write.
