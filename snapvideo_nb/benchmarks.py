@@ -4,13 +4,12 @@
 
 # %% auto #0
 __all__ = ['UCF_PROMPTS', 'Generate', 'paper_table', 'ucf_split', 'apportion', 'msrvtt_test', 'real_clips', 'square',
-           'inception_score', 'C3D', 'Inception', 'with_weights', 'ClipSpace', 'clipsim', 'measure', 'ucf101', 'msrvtt']
+           'inception_score', 'C3D', 'Inception', 'with_weights', 'clipsim', 'ClipSpace', 'measure', 'ucf101', 'msrvtt']
 
 # %% ../nbs/13c_benchmarks.ipynb #d9aae749
 import json, math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from importlib.util import find_spec
 from itertools import chain, islice
 from pathlib import Path
 import numpy as np, torch, torch.nn.functional as F
@@ -19,14 +18,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from .distances import Extractor, distance, features, frechet
+from .runs import results_folder
 from .video import read_video
 
 # %% ../nbs/13c_benchmarks.ipynb #a64aae3c
 def paper_table(number: int) -> dict:
     "The paper's Table 4 (UCF-101) or 5 (MSR-VTT): `rows` with None where nothing was reported, `protocol`, `source`, and which figures are better when lower. ValueError for another table."
-    package = Path(find_spec('snapvideo_nb').origin).resolve().parent  # a checkout's data/results, else what the wheel brought
-    path = next((p for place in (package.parent/'data/results', package/'results') if (p := place/'paper'/f'table{number}.json').exists()), None)
-    if path is None: raise ValueError(f'there is no table {number} here; there are 4 and 5')
+    path = results_folder('paper')/f'table{number}.json'
+    if not path.exists(): raise ValueError(f'there is no table {number} here; there are 4 and 5')
     return json.loads(path.read_text('utf-8'))
 
 # %% ../nbs/13c_benchmarks.ipynb #e9943d75
@@ -93,18 +92,18 @@ def apportion(counts: dict[str, int], total: int) -> dict[str, int]:
 
 # %% ../nbs/13c_benchmarks.ipynb #199e5041
 def msrvtt_test(folder: str | Path) -> list[tuple[Path, str]]:
-    "(file, caption) of every caption of the test split of MSR-VTT below `folder`. FileNotFoundError or ValueError, in one line, for what is missing there."
+    "(file, caption) of every caption of the test split of MSR-VTT below `folder`, as often as a video has it. FileNotFoundError or ValueError, in one line, for what is missing there."
     tables = sorted(Path(folder).rglob('*videodatainfo*.json'))
     if not tables: raise FileNotFoundError(f'{folder}: no *videodatainfo*.json in it')
-    files, found = {path.stem: path for path in sorted(Path(folder).rglob('video*.*')) if path.suffix in ('.mp4', '.avi', '.webm', '.mkv')}, {}
+    files, found = {path.stem: path for path in sorted(Path(folder).rglob('video*.*')) if path.suffix in ('.mp4', '.avi', '.webm', '.mkv')}, Counter()
     for table in tables:
         try: told = json.loads(table.read_text('utf-8'))
         except ValueError: raise ValueError(f'{table}: not JSON') from None
         test = {video['video_id'] for video in told['videos'] if video['split'] == 'test'}
-        found |= {(line['video_id'], line['caption']): None for line in told['sentences'] if line['video_id'] in test}
+        found |= Counter((line['video_id'], line['caption']) for line in told['sentences'] if line['video_id'] in test)  # the larger number where two tables have a caption
     if not found: raise ValueError(f'{folder}: no caption of the test split')
     if lost := [name for name, _ in found if name not in files]: raise FileNotFoundError(f'{folder}: no file called {lost[0]}.mp4 ({len(set(lost))} videos are missing)')
-    return [(files[name], ' '.join(caption.split())) for name, caption in found]
+    return [(files[name], ' '.join(caption.split())) for name, caption in found.elements()]
 
 # %% ../nbs/13c_benchmarks.ipynb #633bb035
 def real_clips(files: Iterable[Path], frames: int, height: int, width: int) -> Iterator[UInt8[np.ndarray, 't h w 3']]:
@@ -151,7 +150,7 @@ class C3D(nn.Module):
             else: x = F.max_pool3d(x, (layer, 2, 2), padding=(0, 1, 1) if k == len(self.layers) - 1 else 0)
         return self.fc8(self.fc7(self.fc6(x.flatten(1)).relu()).relu())
 
-# %% ../nbs/13c_benchmarks.ipynb #e99e3b83
+# %% ../nbs/13c_benchmarks.ipynb #e5088f2f
 class _Conv(nn.Module):
     "A convolution without bias, batch normalisation, ReLU."
     def __init__(self, i, o, kernel, stride=1, padding=0):
@@ -160,6 +159,7 @@ class _Conv(nn.Module):
 
     def forward(self, x): return self.bn(self.conv(x)).relu()
 
+# %% ../nbs/13c_benchmarks.ipynb #e99e3b83
 class _Block(nn.Module):
     "Branches side by side. A branch is a chain of steps: 'mean' or 'max' pools, (name, out, kernel) convolves, (name, out, kernel, 2) does so with stride 2, and a list of such convolves in parallel."
     pools = {'mean': lambda x: F.avg_pool2d(x, 3, 1, 1, count_include_pad=False), 'max': lambda x: F.max_pool2d(x, 3, 1, 1), 'half': lambda x: F.max_pool2d(x, 3, 2)}
@@ -234,6 +234,23 @@ def with_weights(network: nn.Module, path: str | Path) -> nn.Module:
     return network.eval().requires_grad_(False)
 
 # %% ../nbs/13c_benchmarks.ipynb #c817a594
+def clipsim(frames: Float[Tensor, 'n k d'], captions: Float[Tensor, 'n d']) -> Float[Tensor, 'n']:
+    "For each clip the mean cosine of its frames' features and its caption's. ValueError when counts differ."
+    if len(frames) != len(captions): raise ValueError(f'{len(frames)} clips, but {len(captions)} captions')
+    return F.cosine_similarity(frames, captions[:, None], dim=2).mean(1)
+
+# %% ../nbs/13c_benchmarks.ipynb #bda7445f
+class _ClipVision(nn.Module):
+    "Frames in [-1, 1] to the features of a CLIP model."
+    def __init__(self, model, mean, deviation):
+        super().__init__()
+        self.model, self.mean, self.deviation = model, *(torch.tensor(v).reshape(3, 1, 1) for v in (mean, deviation))
+
+    def forward(self, frames):
+        x = ((frames + 1)/2 - self.mean.to(frames))/self.deviation.to(frames)
+        return self.model.visual_projection(self.model.vision_model(pixel_values=x).pooler_output)
+
+# %% ../nbs/13c_benchmarks.ipynb #b8746c98
 class ClipSpace:
     """A CLIP model from a local folder: `vision`, a module of frames [n, 3, s, s] in [-1, 1] to features [n, d], of `side` pixels, and `text(captions)` [n, d].
 
@@ -256,27 +273,15 @@ class ClipSpace:
             with torch.no_grad(): found.append(self.model.text_projection(self.model.text_model(input_ids=words['input_ids'], attention_mask=words['attention_mask']).pooler_output).cpu())
         return torch.cat(found)
 
-class _ClipVision(nn.Module):
-    def __init__(self, model, mean, deviation):
-        super().__init__()
-        self.model, self.mean, self.deviation = model, *(torch.tensor(v).reshape(3, 1, 1) for v in (mean, deviation))
-
-    def forward(self, frames):
-        x = ((frames + 1)/2 - self.mean.to(frames))/self.deviation.to(frames)
-        return self.model.visual_projection(self.model.vision_model(pixel_values=x).pooler_output)
-
-def clipsim(frames: Float[Tensor, 'n k d'], captions: Float[Tensor, 'n d']) -> Float[Tensor, 'n']:
-    "For each clip the mean cosine of its frames' features and its caption's. ValueError when counts differ."
-    if len(frames) != len(captions): raise ValueError(f'{len(frames)} clips, but {len(captions)} captions')
-    return F.cosine_similarity(frames, captions[:, None], dim=2).mean(1)
-
 # %% ../nbs/13c_benchmarks.ipynb #ddf5f6ca
 Generate = Callable[[list[str], list[int]], Iterable[UInt8[np.ndarray, 't h w 3']]]
 
 def _both(real: Tensor, made: Tensor) -> dict:
+    "The Frechet distance of all features, and the one of equal counts with its floor."
     flat = [part.flatten(0, -2) for part in (made, real)]
     return dict(all=frechet(*flat), made=len(made), real=len(real), with_floor=distance(real, made, draws=4, anyway=True))
 
+# %% ../nbs/13c_benchmarks.ipynb #9832ce0b
 def _stream(clips, extractors, kept, batch):
     "The features that each extractor finds in clips, which are looked at once."
     stream, rows = iter(clips), {name: [] for name in extractors}

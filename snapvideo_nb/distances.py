@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SOURCES', 'NETWORKS', 'SPOILS', 'frechet', 'kernel_distance', 'expected_floor', 'I3D', 'FrameNet', 'trained_network',
-           'Extractor', 'extractor', 'random_extractor', 'features', 'Lazy', 'sampled', 'enough', 'distance',
+           'Extractor', 'random_extractor', 'extractor', 'features', 'Lazy', 'sampled', 'enough', 'distance',
            'compare_clips', 'path_error', 'temporal_statistics', 'evaluation']
 
 # %% ../nbs/13b_distances.ipynb #9f920b64
@@ -25,10 +25,14 @@ from .sources import SOURCES, Source, fetch
 from .video import to_tensor, whole_file
 
 # %% ../nbs/13b_distances.ipynb #883f4be5
+def _two_sets(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    "Both in float64; ValueError for what cannot be compared."
+    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or min(len(a), len(b)) < 2: raise ValueError(f'two sets of feature vectors of one length are needed, at least 2 in each, not {list(a.shape)} and {list(b.shape)}')
+    return a.double(), b.double()
+
 def frechet(a: Float[Tensor, 'n d'], b: Float[Tensor, 'm d']) -> float:
     "Frechet distance of two Gaussians with the means and covariances of two sets of features (two rows or more in each), in the features' units squared."
-    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or min(len(a), len(b)) < 2: raise ValueError(f'two sets of feature vectors of one length are needed, at least 2 in each, not {list(a.shape)} and {list(b.shape)}')
-    a, b = a.double(), b.double()
+    a, b = _two_sets(a, b)
     x, y = (torch.linalg.qr((z - z.mean(0))/(len(z) - 1)**.5, mode='r').R for z in (a, b))
     apart = x.square().sum() + y.square().sum() - 2*torch.linalg.svdvals(x @ y.T).sum()
     return ((a.mean(0) - b.mean(0)).square().sum() + apart.clamp(min=0)).item()
@@ -36,8 +40,7 @@ def frechet(a: Float[Tensor, 'n d'], b: Float[Tensor, 'm d']) -> float:
 # %% ../nbs/13b_distances.ipynb #ec5ffe96
 def kernel_distance(a: Float[Tensor, 'n d'], b: Float[Tensor, 'm d']) -> float:
     "Unbiased squared maximum mean discrepancy of two sets of features, with the kernel (x.y/d + 1)^3; no unit, may be below 0."
-    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or min(len(a), len(b)) < 2: raise ValueError(f'two sets of feature vectors of one length are needed, at least 2 in each, not {list(a.shape)} and {list(b.shape)}')
-    a, b = a.double(), b.double()
+    a, b = _two_sets(a, b)
     k = lambda x, y: (x @ y.T/x.shape[1] + 1)**3
     within = lambda x: (k(x, x).sum() - k(x, x).trace())/(len(x)*(len(x) - 1))
     return (within(a) + within(b) - 2*k(a, b).mean()).item()
@@ -76,6 +79,7 @@ class _Mixed(nn.Module):
 
     def forward(self, x): return torch.cat([branch(x) for branch in self.branches], 1)
 
+# %% ../nbs/13b_distances.ipynb #5998c45e
 class I3D(nn.Module):
     """Clips [n, 3, t, h, w] in [-1, 1] to the logits [n, 400] of Kinetics-400; t of 9 or more, 224x224 is what it was trained on. Batch normalisation is folded into the convolutions.
     `thin` divides all widths, for tests. ValueError for a clip that is too short."""
@@ -151,6 +155,7 @@ class FrameNet(nn.Module):
 
     def classify(self, frames: Float[Tensor, 'n 3 h w']) -> Float[Tensor, 'n 1000']: return self.head(self(frames))
 
+# %% ../nbs/13b_distances.ipynb #d6f6a976
 def _lite0_tensors(data: bytes) -> list:
     "The tensors of `FrameNet`, in order, from the package's checkpoint, read without unpickling more than tensors."
     *body, weight, bias = [t for name, t in torch.load(io.BytesIO(data), weights_only=True).items() if 'num_batches' not in name]
@@ -181,6 +186,14 @@ def trained_network(name: str, folder: str | Path | None = None) -> nn.Module:
     return network.eval().requires_grad_(False)
 
 # %% ../nbs/13b_distances.ipynb #725b0a0d
+def _shown(clips: UInt8[np.ndarray, 'n t h w 3'], frames: int, side: int, mode: str, device='cpu') -> Float[Tensor, 'n k 3 s s']:
+    "Clips as a network is shown them: so many `frames` of each, evenly spread (0: all), scaled to side x side, in [-1, 1]. ValueError for anything but uint8 clips."
+    if np.ndim(clips) != 5 or clips.shape[-1] != 3 or clips.dtype != np.uint8: raise ValueError(f'clips are uint8 arrays [n, t, h, w, 3], not {clips.dtype} {list(clips.shape)}')
+    if frames: clips = clips[:, np.linspace(0, clips.shape[1] - 1, frames).round().astype(int)]
+    video = to_tensor(clips).to(device).transpose(1, 2).flatten(0, 1)
+    return F.interpolate(video, (side, side), mode=mode, antialias=mode != 'nearest').unflatten(0, clips.shape[:2])
+
+# %% ../nbs/13b_distances.ipynb #22cb0d8d
 @dataclass(frozen=True)
 class Extractor:
     """Clips [n, t, h, w, 3] uint8 to features: [n, d] of whole clips, or [n, k, d] of `frames` = k single frames spread evenly over each clip.
@@ -211,23 +224,11 @@ class Extractor:
     @torch.no_grad()
     def __call__(self, clips: UInt8[np.ndarray, 'n t h w 3']) -> Tensor:
         "Features in float32, on the CPU. ValueError for anything but uint8 clips."
-        if np.ndim(clips) != 5 or clips.shape[-1] != 3 or clips.dtype != np.uint8: raise ValueError(f'clips are uint8 arrays [n, t, h, w, 3], not {clips.dtype} {list(clips.shape)}')
-        device = next(self.network.parameters()).device
-        if self.frames: clips = clips[:, np.linspace(0, clips.shape[1] - 1, self.frames).round().astype(int)]
-        n, t = clips.shape[:2]
-        frames = to_tensor(clips).to(device).transpose(1, 2).flatten(0, 1)
-        frames = F.interpolate(frames, (self.side, self.side), mode=self.mode, antialias=self.mode != 'nearest').unflatten(0, (n, t))
+        frames = _shown(clips, self.frames, self.side, self.mode, next(self.network.parameters()).device)
         video = frames.flatten(0, 1) if self.frames else frames.transpose(1, 2)
-        with torch.autocast(device.type, torch.bfloat16, enabled=self.precision == 'bf16'):
+        with torch.autocast(frames.device.type, torch.bfloat16, enabled=self.precision == 'bf16'):
             seen = self.network(video.contiguous(memory_format=torch.channels_last if self.frames else torch.channels_last_3d))
-        return (seen.unflatten(0, (n, t)) if self.frames else seen).float().cpu()
-
-def extractor(name: str = 'i3d', device='cpu', **options) -> Extractor:
-    "The trained network 'i3d' (whole clips, logits) or 'efficientnet-lite0' (4 frames of each clip), or 'random', for trials, `random_extractor(4)`. Errors as in `trained_network`."
-    if name == 'random': return random_extractor(frames=4, **options)
-    network = trained_network(name).to(device)
-    label, frames = dict(i3d=('I3D, Kinetics-400, logits', 0)).get(name, ('EfficientNet-lite0, ImageNet, pooled features (not FID)', 4))
-    return Extractor(label, network, f'{NETWORKS[name][1]}, sha256 {NETWORKS[name][2][:16]}', **dict(frames=frames) | options)
+        return (seen.unflatten(0, frames.shape[:2]) if self.frames else seen).float().cpu()
 
 # %% ../nbs/13b_distances.ipynb #129e6f96
 def random_extractor(frames: int = 0, seed: int = 0, **options) -> Extractor:
@@ -239,7 +240,22 @@ def random_extractor(frames: int = 0, seed: int = 0, **options) -> Extractor:
             if isinstance(layer, (nn.Conv2d, nn.Conv3d)): nn.init.kaiming_normal_(layer.weight); nn.init.zeros_(layer.bias)
     return Extractor(f'random thin {type(network).__name__}', network.eval().requires_grad_(False), f'random, seed {seed}', frames, **dict(side=64) | options)
 
+def extractor(name: str = 'i3d', device='cpu', **options) -> Extractor:
+    "The trained network 'i3d' (whole clips, logits) or 'efficientnet-lite0' (4 frames of each clip), or 'random', for trials, `random_extractor(4)`. Errors as in `trained_network`."
+    if name == 'random': return random_extractor(frames=4, **options)
+    network = trained_network(name).to(device)
+    label, frames = dict(i3d=('I3D, Kinetics-400, logits', 0)).get(name, ('EfficientNet-lite0, ImageNet, pooled features (not FID)', 4))
+    return Extractor(label, network, f'{NETWORKS[name][1]}, sha256 {NETWORKS[name][2][:16]}', **dict(frames=frames) | options)
+
 # %% ../nbs/13b_distances.ipynb #a3de64a0
+def _save(path: Path, array: np.ndarray):
+    with whole_file(path, force=True) as new: np.save(new, array)
+
+def _load(path: Path) -> np.ndarray:
+    try: return np.load(path, allow_pickle=False)
+    except (ValueError, EOFError, OSError) as error: raise ValueError(f'{path} is damaged ({type(error).__name__}): delete it') from None
+
+# %% ../nbs/13b_distances.ipynb #24c85d21
 def features(extract: Extractor, clips, folder: str | Path | None = None, batch: int = 4, progress: str = '') -> Tensor:
     """What `extract` makes of clips: an array [n, t, h, w, 3] uint8, or anything that gives one clip after another, so that they need not fit into memory together.
 
@@ -259,13 +275,6 @@ def features(extract: Extractor, clips, folder: str | Path | None = None, batch:
     if not rows: raise ValueError('no clips')
     return torch.from_numpy(np.stack(rows))
 
-def _save(path: Path, array: np.ndarray):
-    with whole_file(path, force=True) as new: np.save(new, array)
-
-def _load(path: Path) -> np.ndarray:
-    try: return np.load(path, allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error: raise ValueError(f'{path} is damaged ({type(error).__name__}): delete it') from None
-
 # %% ../nbs/13b_distances.ipynb #682df59f
 class Lazy:
     "A list of `load(key)`, loaded when asked for: so many clips need not fit in memory."
@@ -273,6 +282,7 @@ class Lazy:
     def __len__(self): return len(self.keys)
     def __getitem__(self, i): return Lazy(self.load, self.keys[i]) if isinstance(i, slice) else self.load(self.keys[i])
 
+# %% ../nbs/13b_distances.ipynb #1b4e9685
 def sampled(producer: Producer, wishes: list[Wish], folder: str | Path, batch: int = 1, progress: str = '') -> Lazy:
     "The clips [t, h, w, 3] uint8 of wishes, in their order, as a model makes them; each is kept in `folder` and not made twice. Errors as in `in_batches`."
     folder, recipe = Path(folder), json.loads(json.dumps(producer.recipe))
@@ -292,6 +302,7 @@ def enough(real: int, made: int, least: int = 256, anyway: bool = False) -> tupl
     if wrong and not anyway or count < 2: raise ValueError(wrong or f'{made} made and {real} real clips are too few')
     return count, wrong
 
+# %% ../nbs/13b_distances.ipynb #4738a45b
 def distance(real: Tensor, made: Tensor, draws: int = 8, seed: int = 0, least: int = 256, anyway: bool = False) -> dict:
     """Frechet and kernel distance of `made` clips [n, d] (or [n, k, d], k frames of each) from as many `real` ones, mean and standard deviation over random draws, each beside its
     floor: as many other real clips in the place of the made ones. A dict that `json` can write. Counts are refused as in `enough`; with `anyway` there is a `warning` in it."""
@@ -320,6 +331,7 @@ def _shuffle(clips):
     chance = np.random.default_rng(0)
     return np.stack([clip[chance.permutation(len(clip))] for clip in clips])
 
+# %% ../nbs/13b_distances.ipynb #752e5f45
 SPOILS: dict[str, Callable] = {  # name -> function of clips [n, t, h, w, 3] uint8
     'blur 2': lambda clips: _blur(clips, 2), 'blur 4': lambda clips: _blur(clips, 4), 'noise .1': lambda clips: _noise(clips, .1), 'noise .3': lambda clips: _noise(clips, .3),
     'half the frames': lambda clips: clips[:, np.arange(clips.shape[1])//2*2], 'shuffled': _shuffle,
