@@ -1,6 +1,6 @@
 """What `mini`'s network learns from a hundred shots of real film: what it learns by heart and what it makes anew; not part of the tests.
 
-    python tests/bench_film.py              # some forty minutes of one thread; the same command goes on after a stop
+    python tests/bench_film.py              # 2,000 steps of 16 clips; the same command goes on after a stop (not run to its end yet)
     python tests/bench_film.py --steps 3000 # longer, in a folder of its own
 
 Every tenth shot of `data/film` is kept from training. The run is `mini`'s recipe on data of one's own (`AT_HOME`), from nothing, with clips of every first, second or third frame. Leaves data/results/film/film.json: the log; the error of the
@@ -22,6 +22,7 @@ from snapvideo_nb.training import AT_HOME, recipe, train
 from snapvideo_nb.video import collate, save_image, to_frames, to_tensor
 
 ROOT = Path(__file__).resolve().parent.parent
+EVERY = 500  # steps between two looks at the errors
 RESULTS, LEVELS, SHAPE, STRIDES = ROOT/'data'/'results'/'film', (.25, 1, 4, 16, 64), (16, 18, 32), (1, 2, 3)
 NEW = ('a pink butterfly in the dark forest', 'a flying squirrel stands on a green meadow', 'a grey rabbit flies through the blue sky', 'a red apple on a white background')
 
@@ -67,15 +68,15 @@ def main():
     torch.set_num_threads(threads)
     run = ROOT/'runs'/f'film-{steps}'
     folders = split(run.parent/'film-split')
-    config = recipe('mini', **AT_HOME, run=str(run), data=str(folders[0]), data_options=dict(stride=list(STRIDES)), steps=steps, sample_every=500, log_every=100)
+    config = recipe('mini', **AT_HOME, run=str(run), data=str(folders[0]), data_options=dict(stride=list(STRIDES)), steps=steps, sample_every=EVERY, checkpoint_every=EVERY, keep=steps//EVERY + 1, log_every=100)
     if not (run/'model').exists(): train(config)
     known, unknown = (open_data(str(folder), *SHAPE, stride=STRIDES) for folder in folders)
     model, probes = SnapVideo.from_pretrained(str(run/'model')).eval(), dict(known=some(known, len(unknown)), unknown=some(unknown, len(unknown)))
     curve = []
     with plain_attention():
-        for step in range(500, steps, 500):
+        for step in range(EVERY, steps, EVERY):
             kept = SnapVideo.from_pretrained(str(run/'model')).eval()
-            load_tensors(run/'kept'/f'step-{step:08d}', {f'average.{name}': value for name, value in kept.state_dict().items()})
+            load_tensors(run/'checkpoints'/f'step-{step:08d}', {f'average.{name}': value for name, value in kept.state_dict().items()})
             curve.append(dict(step=step) | {name: errors(kept, clips) for name, clips in probes.items()})
         curve.append(dict(step=steps) | {name: errors(model, clips) for name, clips in probes.items()})
     taught = torch.stack([to_tensor(clip.frames) for clip in (known[i] for i in range(len(known)))])
