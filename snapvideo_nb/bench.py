@@ -270,7 +270,7 @@ def grid_of_latents(c: FITConfig, state: AnatomyState, maps: list | None) -> str
     top, side = max(weights.max(), 1e-9), 400/across
     shade = lambda w: '#%02x%02x%02x' % tuple(round(255 - (255 - v)*(.12 + .88*w)) for v in (0, 114, 178))
     squares = [f'<rect x="{10 + side*(i % across):.1f}" y="{30 + side*(i//across):.1f}" width="{side - 1:.1f}" height="{side - 1:.1f}" fill="{shade(weights[i - own[0]]/top) if i in own else "#eeeeee"}"/>' for i in range(c.latents)]
-    told = {'read': 'attention of each latent to this patch', 'write': 'attention of this patch to each latent'}[state.way] + f', block {state.block + 1}; strongest {top:.1f}' if maps else f'the {share} latents that read this patch and write to it'
+    told = {'read': 'attention of each latent to this patch', 'write': 'attention of this patch to each latent'}[state.way] + f', block {state.block + 1}; strongest {top:.1f} (even: 1)' if maps else f'the {share} latents that read this patch and write to it'
     return panel('latents', 36 + side*(-(-c.latents//across)), words(told, 10, 18, size=12), *squares)
 
 def patches_panel(c: FITConfig, state: AnatomyState, frames: UInt8[np.ndarray, 't h w 3'] | None) -> str:
@@ -373,8 +373,7 @@ def bill(kind: str, state: ScalingState, counts: dict, rates: dict) -> dict:
 def scaling(state: ScalingState, counts: dict, rates: dict) -> View:
     "The fifth picture: the bills of a FIT and a U-Net side by side, and their GPU-hours over frames and sizes."
     fit, unet = (bill(kind, state, counts, rates) for kind in ('fit', 'unet'))
-    number = lambda b, key, scale, unit: ('does not fit ' + unit if b[key] is None else f'{short(b[key]/scale)} {unit}')
-    rows = [(f'{name}, {kind}', b[key] or 0, number(b, key, scale, unit), colour) for key, name, scale, unit in (('parameters', 'parameters', 1e6, 'M'), ('forward', 'one pass', 1e9, 'GFLOP'), ('memory', 'memory', 1e9, 'GB'), ('seconds', 'a step', 1, 's'), ('hours', 'training', 1e3, 'kGPUh'))
+    rows = [(f'{name}, {kind}', b[key], f'{short(b[key]/scale)} {unit}', colour) for key, name, scale, unit in (('parameters', 'parameters', 1e6, 'M'), ('forward', 'one pass', 1e9, 'GFLOP'), ('clip', 'kept per clip', 1e9, 'GB'), ('seconds', 'a step', 1, 's'), ('hours', 'training', 1e3, 'kGPUh'))
             for kind, b, colour in (('FIT', fit, 'blue'), ('U-Net', unet, 'red'))]
     charts = {}
     for key, values, label in (('frames', FRAMES, 'frames'), ('size', SIZES, 'size, times 36x64')):

@@ -74,6 +74,7 @@ def ticks(low: float, high: float, log: bool) -> list[float]:
     step = next(m*ten for m in (5, 2, 1) if (high - low)/(m*ten) >= 3.99)
     return [k*step for k in range(math.ceil(low/step - 1e-9), math.floor(high/step + 1e-9) + 1)]
 
+# %% ../nbs/17_explore.ipynb #4303bf14
 class Chart:
     "A chart as SVG text (`str`): `x` and `y` are (low, high), `log` names the axes with a logarithmic scale ('', 'x', 'y', 'xy'); `line` and `dot` draw and return the chart; `key`: where the legend stands."
     def __init__(self, title: str, x: tuple, y: tuple, xlabel: str, ylabel: str, log: str = '', height: float = 250, width: float = 420, key: str = 'bottom left'):
@@ -84,18 +85,21 @@ class Chart:
         for v in ticks(*y, 'y' in log): self.parts.append(f'<path d="M{left} {self.place("y", v):.1f}H{right}" stroke="#dddddd"/>' + words(f'{v:g}', left - 5, self.place('y', v) + 4, size=11, anchor='end'))
         self.parts += [words(xlabel, (left + right)/2, height - 8, anchor='middle'), words(ylabel, 6, 19, size=11), words(title, right, 19, size=13, anchor='end')]
 
-    def place(self, axis: str, values):
-        "Where numbers lie on an axis, in drawing units."
-        scale = np.log10 if axis in self.log else np.asarray
+    def place(self, axis: str, values, beyond: float = 0.):
+        "Where numbers lie on an axis, in drawing units; outside at its ends, or up to `beyond` times its length further."
+        log, values = axis in self.log, np.asarray(values, float)
+        scale = np.log10 if log else np.asarray
         low, high = map(scale, self.ends[axis])
-        share = (scale(np.clip(np.asarray(values, float), *self.ends[axis])) - low)/(high - low)
+        share = np.clip((scale(np.maximum(values, 1e-300) if log else values) - low)/(high - low), -beyond, 1 + beyond)
         left, top, right, bottom = self.box
         return left + share*(right - left) if axis == 'x' else bottom - share*(bottom - top)
 
     def line(self, xs, ys, colour: str = 'blue', label: str = '', dash: str = '', thick: float = 2) -> 'Chart':
-        points = ' '.join(f'{a:.1f},{b:.1f}' for a, b in zip(self.place('x', xs), self.place('y', ys)))
+        points = ' '.join(f'{a:.1f},{b:.1f}' for a, b in zip(self.place('x', xs, 9), self.place('y', ys, 9)))
+        left, top, right, bottom = self.box
         style = f'fill="none" stroke="{COLOURS[colour]}" stroke-width="{thick}" stroke-dasharray="{dash}"'
-        self.parts.append(f'<polyline points="{points}" {style}/>')
+        frame = f'x="{left}" y="{top}" width="{right - left}" height="{bottom - top}"'  # an inner picture, which cuts what lies outside
+        self.parts.append(f'<svg {frame} viewBox="{left} {top} {right - left} {bottom - top}"><polyline points="{points}" {style}/></svg>')
         if label: self.legend.append((style, colour, label))
         return self
 
@@ -145,7 +149,7 @@ class Blocks:
 GRAIN = 80
 
 def grains(video: Tensor) -> Int8[np.ndarray, '...']:
-    "Values in [-1.6, 1.6] as whole steps of 1/80."
+    "Values in [-1.6, 1.5875] as whole steps of 1/80; what lies outside is cut."
     return (video.detach().float().cpu()*GRAIN).round().clamp(-128, 127).to(torch.int8).numpy()
 
 def ungrain(kept: Int8[np.ndarray, '...']) -> Float[Tensor, '...']:
@@ -258,5 +262,5 @@ def redundancy(material: RedundancyMaterial, state: RedundancyState) -> View:
     if material.record:
         panels |= {'estimate': estimate_panel(state, material), 'error': error_panel(state, material)}
         t, rows, columns = material.record['shape']
-        text += f' The model\'s panels show its own clips ({t} frames of {rows} x {columns}, sigma_in = {material.record["sigma_in"] if state.scaled else 1:.3g}) at the same sigma.'
+        text += f' The model\'s panels show its own clips ({t} frames of {rows} x {columns}, sigma_in = {material.record["sigma_in"] if state.scaled else 1:.3g}) at the same sigma; the estimate is the nearest of the recorded levels, the error lies between them.'
     return View(panels, text)

@@ -124,7 +124,7 @@ def grid(film: Film, show: str, rows: int, columns: int, width: float = 350) -> 
     return steps, frames, width/len(frames)*h/w, tile(pictures.transpose(0, 2, 1, 3, 4).reshape(len(steps)*h, len(frames)*w, 3), 60, 30, width)
 
 def grid_panel(film: Film, step: int, frame: int, show: str = 'D', rows: int = 9, columns: int = 8) -> str:
-    "Steps x frames of what is shown, downwards in noise; the step and frame of now are framed."
+    "Steps x frames of what is shown, downwards in noise, at most `rows` x `columns` of them; the shown step and frame nearest to those of now are framed."
     width, (steps, frames, tall, pictures) = 350, grid(film, show, rows, columns)
     row, column = np.abs(steps - step).argmin(), np.abs(frames - frame).argmin()
     labels = [words(f'{film.sigma[s]:.2g}', 56, 30 + (i + .5)*tall + 4, size=11, anchor='end') for i, s in enumerate(steps)]
@@ -141,7 +141,7 @@ def now_panel(film: Film, step: int, frame: int) -> str:
 
 def change_panel(films: list, steps: list) -> str:
     "How much D and the latents change from step to step, against the noise level; dots where the player stands."
-    chart = Chart('change in a step', (.002, 80), (1e-3, 2), 'noise level sigma, falling to the left', '', 'xy', key='top left')
+    chart = Chart('change in a step', (.0018, 90), (1e-3, 2), 'noise level sigma, falling to the left', 'D: rms; latents: relative', 'xy', key='bottom right')
     for film, step, dash, name in zip(films, steps, ('', '6 3'), ('left', 'right')):
         chart.line(film.sigma, film.moved, 'blue', f'D, {name}', dash).dot(film.sigma[step], film.moved[step], 'blue', hollow=name == 'right')
         seen = [(s, v) for s, v in zip(film.told_at, film.run.latents) if not math.isnan(v)]
@@ -157,10 +157,10 @@ def player(runs: list[Run], state: PlayerState) -> View:
     steps = [step, films[1].at(films[0].sigma[step])]
     frames = [min(state.frame, len(film.final) - 1) for film in films]
     panels = {f'{side}, now': now_panel(film, s, f) for side, film, s, f in zip(('left', 'right'), films, steps, frames)}
-    panels |= {f'{side}, all steps': grid_panel(film, s, f, state.show) for side, film, s, f in zip(('left', 'right'), films, steps, frames)}
+    panels |= {f'{side}, steps by frames': grid_panel(film, s, f, state.show) for side, film, s, f in zip(('left', 'right'), films, steps, frames)}
     gap = np.square(films[0].D[step].astype(float) - films[1].D[steps[1]]).mean()**.5/127.5 if films[0].D.shape[1:] == films[1].D.shape[1:] else math.nan
     text = (f'Left: step {step + 1} of {len(films[0].sigma)}, sigma = {films[0].sigma[step]:.3g}; D changed by {films[0].moved[step]:.3g} since the step before. '
-            f'Right: step {steps[1] + 1} of {len(films[1].sigma)}, sigma = {films[1].sigma[steps[1]]:.3g}; changed by {films[1].moved[steps[1]]:.3g}. The two estimates differ by {gap:.3g} (root mean square, pixels in [-1, 1]).')
+            f'Right: step {steps[1] + 1} of {len(films[1].sigma)}, sigma = {films[1].sigma[steps[1]]:.3g}; changed by {films[1].moved[steps[1]]:.3g}. As pictures, cut to [-1, 1], the two estimates differ by {gap:.3g} (root mean square).')
     return View(panels | {'change': change_panel(films, steps)}, text)
 
 # %% ../nbs/17b_player.ipynb #c7099539
