@@ -3,6 +3,7 @@
     python tests/bench_recipe.py                      # all trials that have no record yet, eight minutes of one thread each; may be cut between trials
     python tests/bench_recipe.py patch34 lamb         # these
     python tests/bench_recipe.py --model runs/x/model # the same figures for a finished model: shipped.json for mini, else NAME.json by its run
+    python tests/bench_recipe.py --returning          # motions that return, by guidance and solver
     python tests/bench_recipe.py --profile            # where the time of a training step goes
     python tests/bench_recipe.py --reading            # how much of a caption reaches the picture, by how the captions are read; some ten minutes of one thread
     python tests/bench_recipe.py --lesson             # mini's recipe from nothing, with a first lesson in front of black and without; some half an hour of one thread
@@ -11,7 +12,7 @@ A trial measures its own seconds per step, takes as many steps as fit into the b
 error of its averaged weights on 64 held-out clips (mean square over all values of a clip in [-1, 1]) at nine effective noise levels sigma*sigma_in, for the right caption, for one with another motion, and for none; and what the caption
 judge reads off 32 samples.
 
-Training clips: Emoji(subjects=16, images=.1), seed 0. Held-out clips: Emoji(subjects=16, split="held_out", seed=7), numbers 0 to 63, noise of seed 5. Samples: captions 0 to 31 of these, seeds 1000 and up, 16 Heun steps, guidance 1."""
+Training clips: Emoji(subjects=16, images=.1), seed 0. Held-out clips: Emoji(subjects=16, split="held_out", seed=7), numbers 0 to 63, noise of seed 5. Samples: captions 0 to 31 of these, seeds 1000 and up, 16 Heun steps, guidance 1. For a finished model also `fixed`: the 64 captions, seeds and settings of notebook 13."""
 import argparse, json, os, sys, tempfile, time
 from dataclasses import replace
 from functools import cache
@@ -82,11 +83,27 @@ def errors(model, levels=LEVELS) -> dict:
     return found
 
 
-def judged(model) -> dict:
-    world, programs = held()[0], [held()[0].program(i) for i in range(32)]
-    video = sample(model, [p['caption'] for p in programs], list(range(1000, 1032)), 16, 1., micro_batch=4)
+def judged(model, world=None, count: int = 32, first: int = 1000, steps: int = 16) -> dict:
+    "What the judge finds right in samples of a held-out world's first captions, seeds `first` and up."
+    programs = [(world or held()[0]).program(i) for i in range(count)]
+    video = sample(model, [p['caption'] for p in programs], list(range(first, first + count)), steps, 1., micro_batch=4)
     found = CaptionJudge(folder=RESULTS/'metrics').accuracy(video, programs)
     return {key: [found[key]['right'], found[key]['count']] for key in ('background', 'subject', 'shape', 'motion', 'speed')}
+
+
+RETURNING = dict(guidance_1=(1., 'dpm++', 24), guidance_2=(2., 'dpm++', 24), guidance_0=(0., 'dpm++', 24), churn=(1., 'churn', 32))
+
+def returning(path: Path, name: str = 'mini'):
+    "Samples of 48 held-out captions whose motion comes back or changes size, by guidance and solver: what the judge finds right."
+    world, model = Emoji(subjects=16, split='held_out', seed=2), SnapVideo.from_pretrained(name).eval()
+    programs = [p for p in map(world.program, range(400)) if p['motion'] in ('shake', 'bounce', 'zoom out', 'orbit')][:48]
+    judge, found = CaptionJudge(folder=RESULTS/'metrics'), {}
+    for key, (guidance, solver, steps) in RETURNING.items():
+        video = sample(model, [p['caption'] for p in programs], list(range(100, 148)), steps, guidance, solver=solver, micro_batch=8)
+        said = judge.accuracy(video, programs)
+        found[key] = dict(guidance=guidance, solver=solver, steps=steps, right={what: [said[what]['right'], said[what]['count']] for what in ('motion', 'shape', 'subject')})
+        print(key, found[key]['right'], flush=True)
+    write_text(path, json.dumps(dict(protocol=provenance('python tests/bench_recipe.py --returning', captions="the first 48 of Emoji(subjects=16, split='held_out', seed=2) with a shake, bounce, zoom out or orbit", seeds='100 to 147'), found=found), indent=1))
 
 
 def steps_of(config: TrainConfig, steps: int, watch, whole: bool = False):
@@ -129,7 +146,7 @@ def finished(name: str) -> dict:
     model, log = SnapVideo.from_pretrained(name).eval(), weights_folder(name).parent/'log.jsonl'
     rows = [json.loads(line) for line in log.read_text('utf-8').splitlines()] if log.exists() else []
     return dict(protocol=provenance(f'python tests/bench_recipe.py --model {name}'), config=json.loads((log.parent/'config.json').read_text('utf-8')) if rows else {}, log=[{key: row[key] for key in ('step', 'clips', 'seconds', 'loss', 'by_noise')} for row in rows],
-                parameters=sum(p.numel() for p in model.parameters()), errors=errors(model), judged=judged(model))
+                parameters=sum(p.numel() for p in model.parameters()), errors=errors(model), judged=judged(model), fixed=judged(model, Emoji(subjects=16, split='held_out', seed=0), 64, 0, 32))
 
 
 READING = dict(scratch='encoder from nothing, trained along', taught='encoder taught to read (500 steps), then frozen', bare='encoder from nothing, captions of five words in fixed places')
@@ -225,6 +242,7 @@ def main():
     parser.add_argument('--folder', type=Path, default=RESULTS/'recipe', help='where the records lie (default: data/results/recipe)')
     parser.add_argument('--force', action='store_true', help='measure again what is there')
     parser.add_argument('--model', help='only this finished model, a folder or a shipped name')
+    parser.add_argument('--returning', action='store_true', help='only the samples of motions that return')
     parser.add_argument('--reading', action='store_true', help='only the trials of reading')
     parser.add_argument('--lesson', action='store_true', help='only the trials of a first lesson')
     parser.add_argument('--profile', action='store_true', help='only the profile of a step')
@@ -232,9 +250,10 @@ def main():
     if unknown := [name for name in o.names if name not in TRIALS]: parser.error(f'no such trial: {", ".join(unknown)}; there are: {", ".join(TRIALS)}')
     torch.set_num_threads(1)
     o.folder.mkdir(parents=True, exist_ok=True)
+    if o.returning: return returning(o.folder/'returning.json')
     if o.reading: return reading(o.folder/'reading.json')
     if o.lesson: return lesson(o.folder/'lesson.json')
-    if o.model: return write_text(o.folder/f'{"shipped" if o.model == "mini" else Path(o.model).resolve().parents[1].name}.json', json.dumps(finished(o.model), indent=1))
+    if o.model: return write_text(o.folder/f'{"shipped" if o.model == "mini" else next(folder.name for folder in Path(o.model).resolve().parents if folder.name != "run")}.json', json.dumps(finished(o.model), indent=1))
     todo = {'profile': profile} if o.profile else {name: lambda name=name: trial(name, o.seconds) for name in o.names or TRIALS}
     for name, make in todo.items():
         path = o.folder/f'{name}.json'
