@@ -82,9 +82,11 @@ own_text = dict(kind='small', width=128, layers=2, heads=4, length=32, vocab_siz
 short = dict(text_width=128, condition_width=128, local_layers=1, dropout=0., position='sinusoid', patch_head=64, latent_head=64)
 
 def study_fit(patch_width, latents, latent_width, blocks):
+    "A FIT of the learning study (notebook 14c): 8 frames of 18x32, these widths and numbers."
     return ModelConfig(FITConfig(frames=8, height=18, width=32, patch=(1, 6, 4), group=(8, 3, 8), blocks=blocks, global_layers=1, patch_width=patch_width, latents=latents, latent_width=latent_width, **short), own_text, fps=8.)
 
 def study_unet(base, head):
+    "A U-Net of the learning study (notebook 14c): 8 frames of 18x32, `base` channels, heads of `head`."
     return ModelConfig(UNetConfig(frames=8, height=18, width=32, base=base, multipliers=(1, 2, 2), res_blocks=1, attention=(16, 8), head=head, condition_width=96, text_width=128, groups=8, dropout=0.), own_text, fps=8.)
 
 # %% ../nbs/07_model.ipynb #0619b5d8
