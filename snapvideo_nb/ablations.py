@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['UNIT', 'VARIANTS', 'STILLS', 'DIFFUSION', 'STUDIES', 'FOUR', 'CPU_PART', 'own_text', 'reduced', 'common', 'reads',
-           'night', 'quick', 'gpu', 'SETTINGS', 'EFFECTIVE', 'STUDENT', 'LOWER', 'CLAIMS', 'Condition', 'Setting',
-           'clips_of', 'measured_scale', 'model_of', 'clip_work', 'share_of_clips', 'encoder_of', 'Member', 'estimate',
-           'portions', 'power', 'denoising_curve', 'first_step', 'spectrum_error', 'features', 'judge_of', 'compare',
-           'passes', 'drawn', 'clips_to_compare', 'examine', 'run', 'Claim', 'interval', 'gain', 'verdict', 'twice',
-           'members', 'read_records', 'summary', 'measure_pace']
+           'night', 'quick', 'gpu', 'SETTINGS', 'EFFECTIVE', 'STUDENT', 'LOWER', 'OWN', 'STATED', 'CLAIMS', 'Condition',
+           'Setting', 'clips_of', 'measured_scale', 'model_of', 'clip_work', 'share_of_clips', 'encoder_of', 'Member',
+           'estimate', 'portions', 'power', 'denoising_curve', 'first_step', 'spectrum_error', 'features', 'judge_of',
+           'compare', 'passes', 'drawn', 'clips_to_compare', 'examine', 'run', 'Claim', 'interval', 'gain', 'verdict',
+           'by_figure', 'members', 'read_records', 'summary', 'measure_pace']
 
 # %% ../nbs/15b_ablations.ipynb #6f64fc1d
 import json, math, shutil, statistics, time
@@ -212,7 +212,9 @@ def estimate(model: SnapVideo, batch, noise, sigma: float, signal: float = 1.) -
     noisy = model.framework.diffuse(signal*batch.video, noise, sigma)
     return model(noisy, sigma, model.conditions(batch.captions, batch.fps, batch.size))[0].float()
 
-def portions(batch, size: int = 16): return [batch[i:i + size] for i in range(0, len(batch), size)]
+def portions(batch, size: int = 16):
+    "A batch in parts of at most `size` clips."
+    return [batch[i:i + size] for i in range(0, len(batch), size)]
 
 def power(x: Float[Tensor, 'b ...']) -> float:
     "Mean square of clips around the mean clip."
@@ -318,12 +320,17 @@ LOWER = ('frames', 'tracks', 'spectrum')  # figures that are distances
 
 @dataclass(frozen=True)
 class Claim:
-    "That condition `better` of a study is better than `worse` by a figure; `worse` and `better` are study/condition; `paper`: what the paper printed."
+    "That condition `better` of a study is better than `worse` by a figure; `worse` and `better` are study/condition; `paper`: what the paper printed, '' where the question is this project's own."
     says: str
     worse: str
     better: str
     figure: str
     paper: str = ''
+
+    @property
+    def words(self) -> tuple[str, str]:
+        "What a verdict says when the claim holds, and when its opposite does."
+        return ('reproduced', 'contradicted') if self.paper else ('seen', 'the opposite is seen')
 
 def interval(values: list[float]) -> tuple[float, float, float]:
     "Mean and its 95 % interval by Student's t; (mean, nan, nan) for a single value."
@@ -337,7 +344,7 @@ def gain(worse: dict, better: dict, figure: str) -> float:
     return math.log(a/b) if figure in LOWER else b - a
 
 def verdict(claim: Claim, records: dict) -> dict:
-    "Reproduced, contradicted or not visible at this size, with the reason; `records`: {'study/condition': {seed: record}}."
+    "Reproduced, contradicted or not visible at this size (and before that: not run, below the gate, too few seeds), with the reason; `records`: {'study/condition': {seed: record}}."
     worse, better = (records.get(key, {}) for key in (claim.worse, claim.better))
     seeds = sorted(set(worse) & set(better))
     told = dict(says=claim.says, figure=claim.figure, paper=claim.paper, seeds=len(seeds), gain=None, interval=None)
@@ -346,32 +353,37 @@ def verdict(claim: Claim, records: dict) -> dict:
     mean, low, high = interval([gain(worse[s], better[s], claim.figure) for s in seeds])
     told |= dict(gain=mean, interval=[low, high] if len(seeds) > 1 else None)
     below = [f'{key} ({sum(not of[s]["gate"] for s in seeds)} of {len(seeds)})' for key, of in ((claim.worse, worse), (claim.better, better)) if claim.figure != 'spectrum' and not all(of[s]['gate'] for s in seeds)]
-    if below: return told | dict(verdict='not visible at this size', reason='below the gate: ' + ', '.join(below))
-    if len(seeds) < 3: return told | dict(verdict='not visible at this size', reason=f'{len(seeds)} of 3 seeds')
-    if low > 0: return told | dict(verdict='reproduced', reason='the interval lies on the claim\'s side')
-    if high < 0: return told | dict(verdict='contradicted', reason='the interval lies on the other side')
+    if below: return told | dict(verdict='below the gate', reason=', '.join(below))
+    if len(seeds) < 3: return told | dict(verdict='too few seeds', reason=f'{len(seeds)} of 3')
+    if low > 0: return told | dict(verdict=claim.words[0], reason='the interval lies on the claim\'s side')
+    if high < 0: return told | dict(verdict=claim.words[1], reason='the interval lies on the other side')
     return told | dict(verdict='not visible at this size', reason='the interval holds 0')
 
 # %% ../nbs/15b_ablations.ipynb #e720c4a8
-def twice(says, worse, better, paper='', figures=('frames', 'caption')): return [Claim(says, worse, better, figure, paper) for figure in figures]
+def by_figure(says, worse, better, *paper):
+    "A claim for each figure, with what the paper printed of it (or one word for all)."
+    return [Claim(says, worse, better, figure, printed) for figure, printed in zip(('frames', 'tracks', 'caption'), paper*3 if len(paper) < 2 else paper)]
 
+OWN, STATED = '', 'stated without figures'
 CLAIMS = [
-    *twice('(i) against (ii): the input scale must follow the rule', 'diffusion/i', 'diffusion/ii', 'FID 6.58 to 4.03, CLIPSIM .2370 to .2449'),
-    *twice('(ii) against ours: sigma_data 1 is better than .5', 'diffusion/ii', 'diffusion/v', 'FID 4.03 to 3.07, CLIPSIM .2449 to .2459'),
-    *twice('(i) against ours', 'diffusion/i', 'diffusion/v', 'FID 6.58 to 3.07, CLIPSIM .2370 to .2459'),
-    *twice('(iii) against ours: half the rule is too small', 'diffusion/iii', 'diffusion/v', 'FID 4.45 to 3.07, CLIPSIM .2428 to .2459'),
-    *twice('(iv) against stills as videos', 'diffusion/iv', 'diffusion/stills-videos', 'FID 3.50 to 3.07; CLIPSIM .2469 to .2459, the other way'),
-    *twice('scale alone, weight 1: EDM against the rule', 'diffusion/edm-unit', 'diffusion/v-unit', 'not in the paper; the theory expects it'),
-    *twice('weight alone: Table 1 against 1, in short training', 'diffusion/v', 'diffusion/v-unit', 'not in the paper; the theory expects it'),
-    *twice('EDM, sigma_data .5, against ours with weight 1', 'diffusion/i', 'diffusion/v-unit', 'not in the paper; the theory expects it'),
-    *twice('U-Net against FIT, equal work', 'architecture/unet-s-work', 'diffusion/v-unit', 'FID 8.21 to 3.07 (U-Net 85M, FIT 500M)'),
-    *twice('without self-conditioning', 'design/no-self-conditioning', 'diffusion/v-unit', 'stated without figures'),
-    *twice('groups that span half of the frames', 'design/groups-of-half-the-frames', 'diffusion/v-unit', 'stated without figures'),
-    *twice('patches over two frames', 'design/patches-over-time', 'diffusion/v-unit', 'stated without figures'),
-    *twice('a quarter of the latents', 'design/a-quarter-of-the-latents', 'diffusion/v-unit', 'stated without figures'),
-    *twice('no feed-forward after cross-attention', 'design/no-feed-forward-after-cross-attention', 'diffusion/v-unit', 'stated without figures'),
-    *twice('separable against joint', 'design/two-separable-local-layers', 'design/two-joint-local-layers', 'stated without figures'),
-    *(Claim(f'sigma_in 1 against the rule, {size}', f'redundancy/edm-{size}', f'redundancy/rule-{size}', 'spectrum', 'not in the paper; the theory expects more, the larger the rule') for size in ('8x18x32', '16x18x32', '32x18x32', '8x36x64', '16x36x64'))]
+    *by_figure('(i) against (ii): the input scale must follow the rule', 'diffusion/i', 'diffusion/ii', 'FID 6.58 to 4.03', 'FVD 39.95 to 31.00', 'CLIPSIM .2370 to .2449'),
+    *by_figure('(ii) against ours: sigma_data 1 is better than .5', 'diffusion/ii', 'diffusion/v', 'FID 4.03 to 3.07', 'FVD 31.00 to 27.79', 'CLIPSIM .2449 to .2459'),
+    *by_figure('(i) against ours', 'diffusion/i', 'diffusion/v', 'FID 6.58 to 3.07', 'FVD 39.95 to 27.79', 'CLIPSIM .2370 to .2459'),
+    *by_figure('(iii) against ours: half the rule is too small', 'diffusion/iii', 'diffusion/v', 'FID 4.45 to 3.07', 'FVD 34.89 to 27.79', 'CLIPSIM .2428 to .2459'),
+    Claim('(iv) against stills as videos', 'diffusion/iv', 'diffusion/stills-videos', 'frames', 'FID 3.50 to 3.07'),
+    Claim('stills as videos against (iv)', 'diffusion/stills-videos', 'diffusion/iv', 'tracks', 'FVD 27.79 to 24.88'),
+    Claim('stills as videos against (iv)', 'diffusion/stills-videos', 'diffusion/iv', 'caption', 'CLIPSIM .2459 to .2469'),
+    *by_figure('scale alone, weight 1: EDM against the rule', 'diffusion/edm-unit', 'diffusion/v-unit', OWN),
+    *by_figure('weight alone: Table 1 against 1, in short training', 'diffusion/v', 'diffusion/v-unit', OWN),
+    *by_figure('EDM, sigma_data .5, against ours with weight 1', 'diffusion/i', 'diffusion/v-unit', OWN),
+    *by_figure('U-Net against FIT, equal work', 'architecture/unet-s-work', 'diffusion/v-unit', 'FID 8.21 to 3.07 (U-Net 85M, FIT 500M)', 'FVD 45.94 to 27.79', 'CLIPSIM .2319 to .2459'),
+    *by_figure('without self-conditioning', 'design/no-self-conditioning', 'diffusion/v-unit', OWN),
+    *by_figure('groups that span half of the frames', 'design/groups-of-half-the-frames', 'diffusion/v-unit', STATED),
+    *by_figure('patches over two frames', 'design/patches-over-time', 'diffusion/v-unit', STATED),
+    *by_figure('a quarter of the latents', 'design/a-quarter-of-the-latents', 'diffusion/v-unit', STATED),
+    *by_figure('no feed-forward after cross-attention', 'design/no-feed-forward-after-cross-attention', 'diffusion/v-unit', STATED),
+    *by_figure('separable against joint', 'design/two-separable-local-layers', 'design/two-joint-local-layers', STATED),
+    *(Claim(f'sigma_in 1 against the rule, {size}', f'redundancy/edm-{size}', f'redundancy/rule-{size}', 'spectrum', OWN) for size in ('8x18x32', '16x18x32', '32x18x32', '8x36x64', '16x36x64'))]
 
 # %% ../nbs/15b_ablations.ipynb #5d6eafa3
 def members(study: str = '', setting: str = 'reduced', conditions=(), seeds=(0, 1, 2), **where) -> list[Member]:
