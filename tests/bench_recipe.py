@@ -145,7 +145,7 @@ def finished(name: str) -> dict:
     "The figures of a trial for a model that is there, with the log of its run."
     model, log = SnapVideo.from_pretrained(name).eval(), weights_folder(name).parent/'log.jsonl'
     rows = [json.loads(line) for line in log.read_text('utf-8').splitlines()] if log.exists() else []
-    return dict(protocol=provenance(f'python tests/bench_recipe.py --model {name}'), config=json.loads((log.parent/'config.json').read_text('utf-8')) if rows else {}, log=[{key: row[key] for key in ('step', 'clips', 'seconds', 'loss', 'by_noise')} for row in rows],
+    return dict(protocol=provenance(f'python tests/bench_recipe.py --model {name}'), config={key: value for key, value in json.loads((log.parent/'config.json').read_text('utf-8')).items() if key not in ('run', 'init_from')} if rows else {}, log=[{key: row[key] for key in ('step', 'clips', 'seconds', 'loss', 'by_noise')} for row in rows],
                 parameters=sum(p.numel() for p in model.parameters()), errors=errors(model), judged=judged(model), fixed=judged(model, Emoji(subjects=16, split='held_out', seed=0), 64, 0, 32))
 
 
