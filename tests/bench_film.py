@@ -1,6 +1,6 @@
 """What `mini`'s network learns from a hundred shots of real film: what it learns by heart and what it makes anew; not part of the tests.
 
-    python tests/bench_film.py              # 2,000 steps of 16 clips; the same command goes on after a stop (not run to its end yet)
+    python tests/bench_film.py              # 2,000 steps of 16 clips; the same command goes on after a stop
     python tests/bench_film.py --steps 3000 # longer, in a folder of its own
 
 Every tenth shot of `data/film` is kept from training. The run is `mini`'s recipe on data of one's own (`AT_HOME`), from nothing, with clips of every first, second or third frame. Leaves data/results/film/film.json: the log; the error of the
