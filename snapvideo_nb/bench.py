@@ -273,6 +273,7 @@ def grid_of_latents(c: FITConfig, state: AnatomyState, maps: list | None) -> str
     told = {'read': 'attention of each latent to this patch', 'write': 'attention of this patch to each latent'}[state.way] + f', block {state.block + 1}; strongest {top:.1f} (even: 1)' if maps else f'the {share} latents that read this patch and write to it'
     return panel('latents', 36 + side*(-(-c.latents//across)), words(told, 10, 18, size=12), *squares)
 
+# %% ../nbs/17c_bench.ipynb #01889ca9
 def patches_panel(c: FITConfig, state: AnatomyState, frames: UInt8[np.ndarray, 't h w 3'] | None) -> str:
     "A frame cut into patches: thin lines between patches, thick ones between groups, the chosen group tinted, the chosen patch framed; grey where the clip is padded."
     _, H, W = c.padded
@@ -297,6 +298,7 @@ def patch_spots(c: FITConfig, state: AnatomyState) -> Spots:
     return Spots((10/420, 30/(36 + height), 400/420, height/(36 + height)), columns, tuple(f'row {row + 1}, column {column + 1}: {told[locate(c, state.frame, row, column)[0]]}' for row, column in at),
                  tuple(dict(row=row, column=column) for row, column in at), state.row*columns + state.column)
 
+# %% ../nbs/17c_bench.ipynb #c5048710
 def short(value: float) -> str:
     "Three figures, or all before the point."
     return f'{value:,.0f}' if value >= 100 else f'{value:.3g}'

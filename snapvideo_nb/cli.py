@@ -56,11 +56,11 @@ def at_least(lowest: float, **numbers):
     for name, number in numbers.items():
         if not lowest <= number < float('inf'): raise ValueError(f'--{name} must be at least {lowest}, not {number}')
 
-def free(*files: Path, force: bool = False):
-    "FileExistsError if a file exists (unless `force`), NotADirectoryError or PermissionError if it can never be written."
+def free(*files: Path, force: bool = False, option: str = 'out'):
+    "FileExistsError if a file exists (unless `force`; another place is chosen by `option`), NotADirectoryError or PermissionError if it can never be written."
     for file in map(Path, files):
         if file.is_dir(): raise FileExistsError(f'{file} is a folder')
-        if file.exists() and not force: raise FileExistsError(f'{file} exists: choose another --out, or --force')
+        if file.exists() and not force: raise FileExistsError(f'{file} exists: choose another --{option}, or --force')
         folder = next(parent for parent in file.absolute().parents if parent.exists())
         if not folder.is_dir(): raise NotADirectoryError(f'{folder} is a file, so {file} cannot be written')
         if not os.access(folder, os.W_OK | os.X_OK): raise PermissionError(f'{folder} may not be written to')
@@ -225,7 +225,7 @@ class Stages(Longer):
 @dataclass
 class Output:
     "Where files go: the options of every command that writes pictures or videos."
-    out: Annotated[Path, arg(metavar='FOLDER|FILE')] = Path('outputs')
+    out: Annotated[Path, arg(metavar='FOLDER')] = Path('outputs')
     "Folder for the files; made when it is missing."
     force: bool = False
     "Make everything anew, and overwrite files of the same names."
@@ -561,7 +561,7 @@ class ExploreOptions(Looked):
     port: int = 8866
     "Where the server listens, on this machine."
     browser: bool = True
-    "Whether a browser is opened."
+    "Open a browser (--no-browser: do not)."
     record: bool = False
     "Only record, and print where."
     export: Annotated[Path | None, arg(metavar='FILE')] = None
@@ -569,9 +569,9 @@ class ExploreOptions(Looked):
     device: Annotated[str, arg(metavar='cpu|cuda|...')] = ''
     "Where to compute; a GPU when there is one, unless given."
     folder: Path = Path('outputs/explore')
-    "Folder for the notebook; made when it is missing."
+    "Folder for the notebook, made when it is missing. A notebook that is there with the same code is opened as it is."
     force: bool = False
-    "Overwrite a record or a file that is there."
+    "Overwrite a record, a notebook or a file that is there."
 
     def check(self):
         "Errors for what cannot be shown or served."
@@ -607,16 +607,16 @@ class Explore(ExploreOptions):
         "Record, export or open."
         self.check()
         from snapvideo_nb.player import export_player
-        if self.export: free(self.export, force=self.force)
+        if self.export: free(self.export, force=self.force, option='export')
         if opened := not (self.export or self.record):
             if find_spec('ipywidgets') is None: raise ValueError("ipywidgets is not installed; it comes with: pip install 'snapvideo-nb[explore]'")
             from snapvideo_nb.widgets import explore_command, write_explore
             command = explore_command(self.folder/'explore.ipynb', self.page, self.port, self.browser)
+            free(self.folder/'explore.ipynb', force=True)
+            write_explore(self.folder, self.force, model=self.model, captions=list(self.captions) or None, compare=self.compare or None, device=self.device or None)
         records = [recorded(self, name) for name in filter(None, (self.model, self.compare))]
         if self.export: print(export_player(self.export, [run for record in records for run in record['runs']], self.force))
-        if opened:
-            write_explore(self.folder, model=self.model, captions=list(self.captions) or None, compare=self.compare or None, device=self.device or None)
-            raise SystemExit(subprocess.call(command))
+        if opened: raise SystemExit(subprocess.call(command))
 
 # %% ../nbs/18_cli.ipynb #1dd6bc8c
 @dataclass
@@ -750,8 +750,8 @@ class Studied:
     "Only these conditions of the study; --list names them."
     seeds: Annotated[str, arg(metavar='SEEDS')] = '0-2'
     "Seeds of the trainings: 0, or 0-2 (both included), or 0,3."
-    preset: Annotated[str, arg(metavar='reduced|reduced-high|small|film')] = 'reduced'
-    "The setting: reduced (two CPU cores), reduced-high (the same with more strong noise in training), small (one GPU), film (one GPU, on film)."
+    preset: Annotated[str, arg(metavar='reduced|reduced-high|small|film|shapes')] = 'reduced'
+    "The setting: reduced (two CPU cores), reduced-high (the same with more strong noise in training), small (one GPU), film (one GPU, on film), shapes (seconds, for tests)."
     device: Annotated[str, arg(metavar='cpu|cuda|...')] = ''
     "Where to compute; what the setting is made for, unless given."
 
@@ -817,6 +817,7 @@ class Ablate(AblateOptions):
     def run(self):
         "Run, list or measure."
         from snapvideo_nb.ablations import judge_of, measure_pace
+        if self.study == 'pace' and (self.list_ or self.dry): raise ValueError('pace is measured as a whole: without --list and --dry')
         if self.study == 'pace': return print(measure_pace(self.preset, self.out, self.runs/'pace', device=self.place()))
         with contextlib.ExitStack() as stack:
             scratch = Path(stack.enter_context(tempfile.TemporaryDirectory())) if self.dry else None
@@ -857,7 +858,7 @@ class Measures(Sides):
     anyway: bool = False
     "Measure with fewer clips than mean something; the record says so."
     judge: bool = True
-    "Let the judge read the captions, where the clips are emoji; it teaches itself in a minute when it meets a size for the first time."
+    "Let the judge read the captions, where the clips are emoji (--no-judge: do not); it teaches itself in a minute when it meets a size for the first time."
 
     def check(self):
         "Errors for what cannot work, before anything is fetched or made."
@@ -985,8 +986,8 @@ class Judged(Compared):
 class Evaluate(Judged):
     """Measure how far a model's clips, or those of a folder, are from real ones, with floor and protocol.
 
-    Prints a table and writes all of it as JSON. Made clips and features are kept: stopped with Ctrl-C, the same command goes on. The defaults take about half an hour on two CPU cores,
-    most of it for the 768 clips that I3D sees."""
+    Prints a table and writes all of it as JSON. Made clips and features are kept: stopped with Ctrl-C, the same command goes on. With the defaults `mini` takes about half an hour of one core
+    for sampling (256 clips of 127 evaluations), and a quarter of an hour for the 768 clips that I3D sees; `--solver dpm++ --steps 24` samples five times faster."""
 
     def run(self):
         "Measure, print and write."

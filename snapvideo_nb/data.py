@@ -254,7 +254,7 @@ class Emoji(Scenes):
         return self.sprites[name]
 
 # %% ../nbs/01_data.ipynb #6c3a72b6
-MEDIA = set('.mp4 .m4v .mov .mkv .webm .avi .gif .mpg .mpeg .wmv .flv .ogv .ts .png .jpg .jpeg .webp .bmp .tif .tiff .ppm'.split())
+MEDIA = set('.mp4 .m4v .mov .mkv .webm .avi .gif .mpg .mpeg .wmv .flv .ogv .ts .mts .m2ts .3gp .png .jpg .jpeg .webp .bmp .tif .tiff .ppm .avif'.split())
 
 def local_table(path: Path) -> tuple:
     "What lies in a folder or file as a table, and the videos and images that lie there."

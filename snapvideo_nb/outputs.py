@@ -444,12 +444,12 @@ def processes() -> tuple[int, int]:
 
 # %% ../nbs/12b_outputs.ipynb #e1d0a6a3
 def changed(told: dict, now: dict) -> list[str]:
-    "Why a file that is made `now` may differ from one that `told` how it was made (both as in `describe`): a line for each reason, none when it will not."
+    "Why a file that is made `now` may differ from one that `told` how it was made (both as in `describe`): a line for each reason that the two descriptions show (contents of models and given files, versions, device, clips at a time)."
     was, has, lines = told['recipe'], now['recipe'], []
     for name, role in dict(weights='model', up_weights='up', clip='given', image='given').items():
         if name not in was or was[name] == has.get(name): continue
         gone = f'made with {dict(up_weights="an upsampler", clip="a given clip", image="a given picture").get(name, "a model")} that is not here now'
         lines.append((f'{now["made"].get(role)} has other contents now (sha256 {has[name]}, then {was[name]})' if name in has else gone) + ': other frames')
-    for name in ('snapvideo', 'torch', 'device'):
+    for name in ('snapvideo', 'torch', 'device', 'batch'):
         if told['made'].get(name) != now['made'].get(name): lines.append(f"made with {name} {told['made'].get(name)}, now {now['made'].get(name)}: the last bits may differ")
     return lines

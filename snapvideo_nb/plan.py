@@ -179,7 +179,7 @@ def paper_hours(preset: str) -> float | None:
 def plan_row(preset: str, gpus: int, precision: str = 'bf16', cluster: Cluster = Cluster()) -> list[str]:
     "A preset's row of `plan_table`."
     config, paper = recipe(preset), paper_hours(preset)
-    busy = math.gcd(config.batch, gpus)
+    busy = 1 if config.optimizer == 'muon' else math.gcd(config.batch, gpus)
     first, last = [preset, str(busy), f'{config.steps:,} x {config.batch:,}'], f'{paper:,.0f}' if paper else ''
     try: p = plan(preset, busy, precision=precision, cluster=cluster)
     except ValueError: return [*first, 'does not fit', '', '', '', '', last]

@@ -20,7 +20,7 @@ from .solvers import SOLVERS, Denoise, noise_levels, solve
 def seeded_noise(seeds: list[int], shape, step: int | None = None) -> Float[Tensor, 'b ...']:
     """Standard normal noise [b, *shape] in float64, drawn on the CPU for every device: a function of each sample's seed (modulo 2**64) and of `step` alone, whatever the company or process.
 
-    `step`: None for the noise with which a clip begins, 0, 1, ... for a solver that stirs, a negative number for anything else that needs noise of its own (a cascade's small clip takes -1).
+    `step`: None for the noise with which a clip begins, 0, 1, ... for a solver that stirs, a negative number for anything else that needs noise of its own.
     No two pairs of seed and step share a stream. ValueError for a seed that is no whole number."""
     def drawn(seed):
         if not hasattr(seed, '__index__'): raise ValueError(f'seeds are whole numbers, not {seed!r}')

@@ -82,9 +82,9 @@ def emoji_names(path) -> dict:
 
 # %% ../nbs/01b_sources.ipynb #9bf320dc
 def emoji_sprite(data: bytes, size: int = 72, frames: int = 16) -> tuple:
-    """(`frames` RGBA images of size x size spread evenly over the loop, seconds of the loop) of an animated image; (None, 0.) when it does not move.
+    """(`frames` RGBA images of size x size spread evenly over the loop, seconds of the loop) of an animated image; (None, 0.) when it has fewer than `frames` frames.
 
-    One square is cut for the whole loop: the smallest, centred, that holds every visible pixel of every frame, so that the sprite keeps its motion."""
+    One square is cut for the whole loop: a little more than the smallest, centred, that holds every visible pixel of the kept frames, so that the sprite keeps its motion."""
     image = Image.open(io.BytesIO(data))
     count = getattr(image, 'n_frames', 1)
     if count < frames: return None, 0.

@@ -291,9 +291,10 @@ class Stream(ShardClips):
         """For each of `steps`, the given rows of the batch: (Batch, dict(bad=[lines about skipped clips], position={row: where its lane stands after this step})), made by `workers` processes.
         `position`: that of all rows after the step before the first; None begins at the beginning.
 
-        ValueError when a lane finds no clip or its position is missing; ChildProcessError when a worker was killed."""
+        ValueError when a lane finds no clip, or its position is missing or of another batch; ChildProcessError when a worker was killed."""
         if position is None and steps.start: raise ValueError(f'to go on at step {steps.start}, say where the lanes stood before it')
         if lost := [p for p in rows if position is not None and str(p) not in position]: raise ValueError(f'the position has no row {lost[0]} (of a batch of {batch})')
+        if position is not None and len(position) != batch: raise ValueError(f'the position is of a batch of {len(position)}, not {batch}')
         count = max(1, min(workers, len(rows)))
         parts = [rows[len(rows)*w//count:len(rows)*(w + 1)//count] for w in range(count)]
         feed = Feed(self, parts, steps, batch, position or {})

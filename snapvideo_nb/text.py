@@ -247,7 +247,7 @@ class CachedEncoder(nn.Module):
 
     The key is the sha256 of the encoder's identity and the caption, so that other weights or another length never read these files. Only real tokens are
     stored, and captions are encoded one at a time, so that a file never depends on what stood beside its caption. A file appears whole or not at all; one
-    that cannot be read is named in a warning and made again. Called like the encoder, with the same result. ValueError for an encoder that is still trained.
+    that cannot be read is named in a warning and made again. Called like the encoder, with the same result; but that a caption was cut is said only when it is encoded, not when it is read from disk. ValueError for an encoder that is still trained.
     """
     def __init__(self, encoder: nn.Module, folder: str | Path):
         super().__init__()

@@ -48,7 +48,7 @@ def sampled_deviation(modes: Modes, gain: Callable, levels: Float[Tensor, 'n'], 
     return sigma_in*solve(Denoise(lambda x, sigma, state: (gain(sigma)*x, None), sigma_in), levels[0]*ones, levels, **options)[0].abs()
 
 def sampling_error(modes: Modes, gain: Callable, levels: Float[Tensor, 'n'], sigma_in: float = 1., **options) -> float:
-    "Squared Wasserstein-2 distance between the clips that are sampled and those that are meant, as a share of the clips' power: 0 for a perfect sampler, 1 for one that makes nothing."
+    "Squared Wasserstein-2 distance between the clips that are sampled and those that are meant, as a share of the clips' power: 0 for a perfect sampler, 1 for one that makes nothing, more for one that makes far too much."
     return modes.share((modes.power.sqrt() - sampled_deviation(modes, gain, levels, sigma_in, **options))**2).item()
 
 # %% ../nbs/15_theory.ipynb #7a3e4079

@@ -45,8 +45,8 @@ class Subject:
     init_from: str | None = None  # A trained model to fine-tune instead: a folder, a shipped model, or a Hub id.
     first_stage: str | None = None  # A trained first stage, with whose weights an upsampler begins.
     data: str = 'emoji'  # What to train on: emoji, film, shapes, a folder of captioned clips or images, or a Hub data set.
-    data_options: dict = field(default_factory=dict)  # Options of the data set, for emoji e.g. the number of subjects.
-    seed: int = 0  # Decides the initial weights, the order of clips, noise levels, noise and dropout.
+    data_options: dict = field(default_factory=dict)  # Options of the data set, on top of the recipe's (for mini: subjects 16, images 0.1).
+    seed: int = 0  # Decides the initial weights, the order of a finite set's clips, noise levels, noise and dropout.
 
 # %% ../nbs/09_training.ipynb #5004b1c7
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Schedule:
     lr: float = 2e-3  # Learning rate after the warm-up.
     final_lr: float = .01  # Learning rate at the last step, as a share of `lr`.
     warmup: int = 300  # Steps of linear warm-up.
-    betas: tuple[float, float] = (.9, .99)  # Momenta of the optimizer (the paper's for FIT).
+    betas: tuple[float, float] = (.9, .99)  # Momenta of AdamW or LAMB (the paper's for FIT); Muon's matrices keep torch's .95.
     weight_decay: float = .01  # Decoupled weight decay (the paper's).
     clip_norm: float = 1.  # Largest norm of the gradient.
 
@@ -69,14 +69,14 @@ class Task:
     P_mean: float = -1.2  # Mean of ln sigma.
     P_std: float = 1.2  # Standard deviation of ln sigma.
     weight: str = 'paper'  # Weight of the loss over sigma: 'paper' (w of Table 1) or 'unit' (1).
-    images: str = 'videos'  # What an image is: a 'videos' of infinite frame rate, as in the paper, or 'images' with an input scale of 1 (its ablation iv).
+    images: str = 'videos'  # What images are taken for: 'videos' of infinite frame rate, as in the paper, or 'images' with an input scale of 1 (its ablation iv).
     label_dropout: float = .1  # Share of clips whose caption is dropped.
     self_conditioning: float = .9  # Share of clips that get latents of an extra evaluation.
     max_level: float = .5  # An upsampler's small clips get noise of a level drawn evenly from 0 to this.
     reading: int = 0  # Steps in which a small text encoder first learns to read the captions of clips whose truth is known.
-    frozen_text: bool = False  # Leave the text encoder as it is from then on, as the paper leaves its T5.
+    frozen_text: bool = False  # Leave the text encoder as it is from then on, as the paper leaves its T5 (--no-frozen-text: train it along).
     lesson: int = 0  # Steps of a first lesson in an easier world, with noise levels of its own.
-    lesson_options: dict = field(default_factory=dict)  # Options of the data set that differ in the lesson.
+    lesson_options: dict = field(default_factory=dict)  # Options of the data set that differ in the lesson, on top of the recipe's.
     lesson_noise: tuple[float, float] = (3., .8)  # P_mean and P_std in the lesson.
 
 # %% ../nbs/09_training.ipynb #30d6c593
@@ -582,7 +582,7 @@ def take_step(trainer: Trainer, batch: Batch, word: float = 0.) -> tuple[float, 
     return norm, words.max().item(), objection
 
 def keep_refused(run: Run, trainer: Trainer, batch: Batch, objection: str):
-    "This process's clips of a refused step as refused/step-N-rank-R.safetensors, with captions, numbers and objection in its header; the last few stay."
+    "This process's clips of a refused step as refused/step-N-rank-R.safetensors, with captions, rows and objection in its header (row r of step-N is clip number (N - 1)*batch + r); the last few stay."
     folder, name = run.folder/'refused', f'step-{trainer.progress.step:08d}-rank-{trainer.team.rank}.safetensors'
     told = dict(captions=batch.captions, rows=list(trainer.team.rows(trainer.config.batch)), objection=objection)
     try:
@@ -633,7 +633,7 @@ def loop(trainer: Trainer, run: Run, portions, asked: dict, watch: Callable | No
         last = word > 0 or progress.step == config.steps or progress.in_a_row >= config.patience
         if last or due(config.log_every) or due(config.checkpoint_every): books.write(norm, line=due(config.log_every) or progress.step == config.steps)
         if last or due(config.checkpoint_every): trainer.save(run, position)
-        if config.sample_every and (last or due(config.sample_every)): try_samples(run, trainer, asked)
+        if config.sample_every and not word and (last or due(config.sample_every)): try_samples(run, trainer, asked)
         if last: break
     return word
 

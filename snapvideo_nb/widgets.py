@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['POINTING', 'WIDGETS', 'Pointed', 'wide', 'Shell', 'Task', 'loaded', 'open_record', 'choices', 'buttons',
            'redundancy_widget', 'playing', 'player_widget', 'bench_widget', 'anatomy_widget', 'scaling_widget',
-           'explore_notebook', 'write_explore', 'explore_command']
+           'explore_notebook', 'code_of', 'write_explore', 'explore_command']
 
 # %% ../nbs/17d_widgets.ipynb #d2a8ce43
-import html, json, os, sys
+import contextlib, html, json, os, sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -270,11 +270,18 @@ def explore_notebook(model: str = 'mini', captions: list[str] | None = None, com
     for number, cell in enumerate(cells): cell['id'] = f'cell-{number}'
     return dict(cells=cells, metadata=dict(kernelspec=dict(display_name='Python 3', language='python', name='python3')), nbformat=4, nbformat_minor=5)
 
-def write_explore(folder: str | Path, force: bool = True, **told) -> Path:
-    "Write `explore_notebook(**told)` as explore.ipynb into a folder, which is made. FileExistsError unless `force`."
+def code_of(notebook: dict) -> list[str]:
+    "The sources of a notebook's cells of code."
+    return [''.join(cell['source']) for cell in notebook['cells'] if cell['cell_type'] == 'code']
+
+def write_explore(folder: str | Path, force: bool = False, **told) -> Path:
+    "Write `explore_notebook(**told)` as explore.ipynb into a folder, which is made. One that is there with the same code stays as it is; FileExistsError for any other, unless `force`."
     Path(folder).mkdir(parents=True, exist_ok=True)
-    path = Path(folder)/'explore.ipynb'
-    with whole_file(path, force) as new: new.write_text(json.dumps(explore_notebook(**told), indent=1), 'utf-8')
+    path, notebook = Path(folder)/'explore.ipynb', explore_notebook(**told)
+    if not force and path.exists():
+        with contextlib.suppress(ValueError, LookupError, TypeError):
+            if code_of(json.loads(path.read_text('utf-8'))) == code_of(notebook): return path
+    with whole_file(path, force) as new: new.write_text(json.dumps(notebook, indent=1), 'utf-8')
     return path
 
 def explore_command(notebook: Path, page: bool = False, port: int = 8866, browser: bool = True) -> list[str]:

@@ -1,14 +1,19 @@
 """How long the widgets take to answer: python tests/bench_explore.py [ROUNDS]
 
-Moves every control of every widget through its values, ROUNDS times (default 3), in this process, and prints for each the median, the 95th percentile and the worst
-time from a changed value to new pictures and text (the kernel's part; sending and drawing come on top). The aim is 100 ms. Nothing is asserted: times depend on the machine.
+Moves every control of every widget through its values, ROUNDS times (default 3), in this process, and prints for each the median and the worst
+time from a changed value to new pictures and text (the kernel's part; sending and drawing come on top). The aim is 100 ms. Leaves data/results/explore/response.json. Nothing is asserted: times depend on the machine.
 """
-import statistics, sys, time
+import json, statistics, sys, time
+from pathlib import Path
 
 import ipywidgets as W
 import torch
 
+from snapvideo_nb.runs import provenance, write_text
 from snapvideo_nb.widgets import anatomy_widget, bench_widget, player_widget, redundancy_widget, scaling_widget
+
+
+RECORD = Path(__file__).resolve().parent.parent/'data'/'results'/'explore'/'response.json'
 
 
 def values(control):
@@ -23,9 +28,10 @@ def values(control):
 
 def main(rounds=3):
     print(f'torch {torch.__version__}, {torch.get_num_threads()} threads; milliseconds')
-    print(f'{"widget":12}{"control":12}{"median":>8}{"95 %":>8}{"worst":>8}')
+    print(f'{"widget":12}{"control":12}{"median":>8}{"worst":>8}')
+    measured = {}
     for make in (redundancy_widget, player_widget, bench_widget, anatomy_widget, scaling_widget):
-        shell = make()
+        widget, shell = make.__name__.removesuffix('_widget'), make()
         for name, control in shell.controls.items():
             took = []
             for _ in range(rounds):
@@ -33,9 +39,10 @@ def main(rounds=3):
                     if value == control.value: continue
                     began = time.perf_counter()
                     control.value = value
-                    took.append(1e3*(time.perf_counter() - began))
-            cuts = statistics.quantiles(took, n=20) if len(took) > 1 else took*20
-            print(f'{make.__name__.removesuffix("_widget"):12}{name:12}{statistics.median(took):8.1f}{cuts[18 if len(took) > 1 else 0]:8.1f}{max(took):8.1f}', flush=True)
+                    took.append(round(1e3*(time.perf_counter() - began), 1))
+            measured.setdefault(widget, {})[name] = dict(median=statistics.median(took), worst=max(took), changes=len(took))
+            print(f'{widget:12}{name:12}{statistics.median(took):8.1f}{max(took):8.1f}', flush=True)
+    write_text(RECORD, json.dumps(dict(protocol=provenance(f'python tests/bench_explore.py {rounds}', threads=torch.get_num_threads(), unit='milliseconds in the kernel, from a changed value to new pictures and text'), controls=measured), indent=1) + '\n')
 
 
 if __name__ == '__main__': main(*map(int, sys.argv[1:]))

@@ -88,12 +88,13 @@ def main():
         rows.append(dict(kind=kind, caption=caption, seed=k, nearest=known.captions[j], distance=distance, same_caption=known.captions[j] == caption))
         pair = [np.concatenate(list(to_frames(clip)[::3]), 1) for clip in (video, taught[j])]
         save_image(RESULTS/f'pair-{k:02d}.png', np.concatenate(pair), force=True)
+    constant = {name: round((torch.stack([to_tensor(clip.frames) for clip in clips]) - taught.mean(0)).square().mean().item(), 5) for name, clips in probes.items()}  # what the mean of all known clips errs by
     real = [nearest(to_tensor(clip.frames), taught)[1] for clip in probes['unknown']]
     log = [json.loads(line) for line in (run/'log.jsonl').read_text('utf-8').splitlines()]
     write_text(RESULTS/'film.json', json.dumps(dict(
         protocol=provenance('python tests/bench_film.py' + f' --steps {steps}'*(steps != 2000), threads=threads, clips=dict(known=len(known), unknown=len(unknown)), shots=dict(known=len(set(known.captions)), unknown=len(set(unknown.captions))),
                             probes=len(unknown), sampler=dict(solver='heun', steps=32, guidance=1., fps=8.), config=asdict(config) | dict(run='', data='data/film without every tenth shot'), seconds=log[-1]['seconds']),
-        levels=LEVELS, curve=curve, samples=rows, real=real, log=[{key: row[key] for key in ('step', 'clips', 'loss')} for row in log]), indent=1))
+        levels=LEVELS, constant=constant, curve=curve, samples=rows, real=real, log=[{key: row[key] for key in ('step', 'clips', 'loss')} for row in log]), indent=1))
 
 
 if __name__ == '__main__': main()
