@@ -271,7 +271,7 @@ def grid_of_latents(c: FITConfig, state: AnatomyState, maps: list | None) -> str
     shade = lambda w: '#%02x%02x%02x' % tuple(round(255 - (255 - v)*(.12 + .88*w)) for v in (0, 114, 178))
     squares = [f'<rect x="{10 + side*(i % across):.1f}" y="{30 + side*(i//across):.1f}" width="{side - 1:.1f}" height="{side - 1:.1f}" fill="{shade(weights[i - own[0]]/top) if i in own else "#eeeeee"}"/>' for i in range(c.latents)]
     told = {'read': 'attention of each latent to this patch', 'write': 'attention of this patch to each latent'}[state.way] + f', block {state.block + 1}; strongest {top:.1f} (even: 1)' if maps else f'the {share} latents that read this patch and write to it'
-    return panel('latents', 36 + side*(-(-c.latents//across)), words(told, 10, 18, size=12), *squares)
+    return panel('latents', 36 + side*(-(-c.latents//across)), words(told, 10, 18, size=11), *squares)
 
 # %% ../nbs/17c_bench.ipynb #01889ca9
 def patches_panel(c: FITConfig, state: AnatomyState, frames: UInt8[np.ndarray, 't h w 3'] | None) -> str:
@@ -319,8 +319,9 @@ OPPONENT = {'mini': 'unet-mini', 'fit-500m': 'unet-284m'}
 
 def anatomy(state: AnatomyState, counts: dict, frames: UInt8[np.ndarray, 't h w 3'] | None = None, maps: list | None = None, model: FITConfig | None = None) -> View:
     """The fourth picture: a patch, its group and latents, and what the network costs beside a U-Net (`counts`: `load_counts()`). `maps`, of the network `model`, and `frames` are shown while the
-    state's network is that one. Rows and columns beyond the grid mean its edge."""
+    state's network is that one. Rows and columns beyond the grid mean its edge. ValueError where latents cannot be shared evenly among the groups."""
     c = state.network
+    if c.latents % math.prod(c.groups): raise ValueError(f'{c.latents} latents cannot be shared evenly among {math.prod(c.groups)} groups')
     state = replace(state, frame=min(state.frame, c.grid[0] - 1), row=min(state.row, c.grid[1] - 1), column=min(state.column, c.grid[2] - 1), block=min(state.block, c.blocks - 1))
     own, unet = counts['anatomy'][state.preset], counts['reference'][OPPONENT[state.preset]]
     n, (group, _), flops = math.prod(c.grid), locate(c, state.frame, state.row, state.column), fit_work(c)
@@ -385,7 +386,7 @@ def scaling(state: ScalingState, counts: dict, rates: dict) -> View:
         for kind, name, colour, dash in (('fit', 'FIT', 'blue', ''), ('unet', 'U-Net', 'red', '6 3')):
             chart.line(values, lines[kind], colour, name, dash).dot(getattr(state, key), bill(kind, state, counts, rates)['hours']/1e3, colour)
         charts[f'by {key}'] = str(chart)
-    fits = lambda name, b: f'{name}: {b["at_once"]} clips at once on each GPU, weights over {b["shards"]} GPUs' if b['shards'] else f'{name}: not one clip fits'
+    fits = lambda name, b: f'{name}: {b["at_once"]} clip{"s"*(b["at_once"] != 1)} at once on each GPU, weights over {b["shards"]} GPU{"s"*(b["shards"] != 1)}' if b['shards'] else f'{name}: not one clip fits'
     text = (f'{state.frames} frames of {36*state.size} x {64*state.size}, {state.width:g} times the channels, {state.gpus} GPUs: the U-Net takes {unet["forward"]/fit["forward"]:.3g} times the work of an evaluation and {unet["hours"]/fit["hours"]:.3g} times the GPU-hours '
             f'({fit["hours"]:,.0f} and {unet["hours"]:,.0f}). {fits("FIT", fit)}; {fits("U-Net", unet)}.')
     return View({'bill': bars('the bill', rows)} | charts, text)

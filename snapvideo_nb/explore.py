@@ -244,7 +244,7 @@ def estimate_panel(state: RedundancyState, material: RedundancyMaterial) -> str:
     noise = torch.randn(1, 3, *material.record['shape'], generator=torch.Generator().manual_seed(material.record['seed']))[0][:, np.linspace(0, material.record['shape'][0] - 1, 4).round().astype(int)]
     rows, h = (('noisy', clean + material.record['levels'][k]*noise), ('D', material.estimates[k]), ('truth', clean)), 90*clean.shape[2]/clean.shape[3]
     tiles = [tile(frame, 48 + 93*i, 28 + (h + 5)*row, 90) for row, (_, video) in enumerate(rows) for i, frame in enumerate(to_frames(video))]
-    return panel('what the model makes of it', 28 + 3*(h + 5), words(f'the model, at sigma*sigma_in = {material.record["levels"][k]:.2g}', 48, 18, size=13), *tiles,
+    return panel('what the model makes of it', 28 + 3*(h + 5), words(f'the model, at sigma*sigma_in = {material.record["levels"][k]:.3g}', 48, 18, size=13), *tiles,
                  *(words(name, 40, 32 + h/2 + (h + 5)*row, anchor='end') for row, (name, _) in enumerate(rows)))
 
 # %% ../nbs/17_explore.ipynb #295fb634

@@ -229,7 +229,7 @@ def anatomy_widget(model: str = 'mini', captions: list[str] | None = None, devic
     _, rows, columns = AnatomyState('fit-500m', patch=(2, 2)).network.grid  # the finest that the controls below can ask for
     controls = dict(preset=buttons('network', presets, presets[0]), frame=W.IntSlider(0, 0, 15, description='frame'), row=W.IntSlider(1, 0, rows - 1, description='row'), column=W.IntSlider(3, 0, columns - 1, description='column'),
                     block=W.IntSlider(0, 0, 5, description='block'), way=buttons('shown', ['read', 'write'], 'read'), patch=choices('patch', pairs([(2, 2), (3, 4), (4, 4), (6, 4), (8, 4), (9, 8)]), 'own'),
-                    groups=choices('groups', pairs([(1, 1), (1, 2), (1, 4), (2, 2), (2, 4), (4, 4)]), 'own'), latents=choices('latents', [('as it is', 'own'), *((str(m), m) for m in (64, 128, 256, 512, 1024))], 'own'))
+                    groups=choices('groups', pairs([(1, 1), (1, 2), (1, 4), (2, 2), (2, 4), (2, 8)]), 'own'), latents=choices('latents', [('as it is', 'own'), *((str(m), m) for m in (64, 128, 256, 512, 1024))], 'own'))
     state = lambda **values: AnatomyState(**{key: None if value == 'own' else value for key, value in values.items()})
     shell = Shell(controls, lambda **values: anatomy(state(**values), counts, film_of(run).final, maps, own))
     def stay_inside(_):
