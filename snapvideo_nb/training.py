@@ -8,8 +8,8 @@ __all__ = ['PAPER', 'NIGHT', 'RECIPES', 'AT_HOME', 'TIME', 'SIGNAL', 'Subject', 
            'ema_decay', 'step_seed', 'chances', 'low_res_chances', 'TrainingClips', 'quiet', 'previous_latents',
            'autocast', 'products', 'Frame', 'clip_losses', 'training_loss', 'base_config', 'first_captions',
            'questions_of', 'Lesson', 'open_clips', 'start_model', 'loss_by_noise', 'Progress', 'read_config', 'Run',
-           'questions', 'save_samples', 'Alone', 'Trainer', 'gradient', 'take_step', 'keep_refused', 'Books', 'loop',
-           'try_samples', 'loader_watched', 'train', 'conclude', 'averaged_model', 'tuning_recipe']
+           'questions', 'save_samples', 'Alone', 'kept_embeddings', 'Trainer', 'gradient', 'take_step', 'keep_refused',
+           'Books', 'loop', 'try_samples', 'loader_watched', 'train', 'conclude', 'averaged_model', 'tuning_recipe']
 
 # %% ../nbs/09_training.ipynb #165ad21e
 import copy, json, math, signal, statistics, time, warnings
@@ -32,7 +32,7 @@ from .model import PRESETS, ModelConfig, SnapVideo, weights_folder
 from .runs import Checkpoints, Lines, Log, StopRequest, Stopped, load_tensors, only_writer, write_text
 from .sampling import sample
 from .streams import open_stream
-from .text import teach_reading, train_tokenizer
+from .text import CachedEncoder, teach_reading, train_tokenizer
 from .upsampling import begin_with, low_res_task
 from .video import Batch, Clip, collate, contact_sheet, save_image, to_frames
 
@@ -75,6 +75,7 @@ class Task:
     max_level: float = .5  # An upsampler's small clips get noise of a level drawn evenly from 0 to this.
     reading: int = 0  # Steps in which a small text encoder first learns to read the captions of clips whose truth is known.
     frozen_text: bool = False  # Leave the text encoder as it is from then on, as the paper leaves its T5 (--no-frozen-text: train it along).
+    embeddings: str = ''  # Folder that keeps what a pretrained text encoder says: each caption is encoded once, and the encoder is loaded only when one is new.
     lesson: int = 0  # Steps of a first lesson in an easier world, with noise levels of its own.
     lesson_options: dict = field(default_factory=dict)  # Options of the data set that differ in the lesson, on top of the recipe's.
     lesson_noise: tuple[float, float] = (3., .8)  # P_mean and P_std in the lesson.
@@ -518,6 +519,12 @@ class Alone:
         "Part company."
 
 # %% ../nbs/09_training.ipynb #9e505190
+def kept_embeddings(encoder, folder: str) -> CachedEncoder:
+    "A pretrained text encoder whose answers are kept in a folder. ValueError for one that is part of its model."
+    if encoder.config['kind'] != 'hf': raise ValueError(f"embeddings={folder!r} is for a pretrained text encoder such as T5; this model has a small one of its own")
+    return CachedEncoder(encoder, folder)
+
+# %% ../nbs/09_training.ipynb #870651b9
 class Trainer:
     "Model, average, optimizer and progress of a run, as one process of a team holds them; not `fresh` when a checkpoint is about to be read. ValueError when a batch does not divide among processes and parts."
     def __init__(self, config: TrainConfig, clips, team: Alone, fresh: bool = True):
@@ -527,6 +534,7 @@ class Trainer:
         self.config, self.team, self.progress = config, team, Progress()
         model = start_model(config, clips, fresh).train()
         if config.frozen_text: model.text.requires_grad_(False)
+        if config.embeddings: model.text = kept_embeddings(model.text, config.embeddings)
         average = copy.deepcopy(model).eval().requires_grad_(False)
         self.model, self.average = team.spread(model), team.spread(average)
         self.optimizer = make_optimizer(self.model, config, team.total)

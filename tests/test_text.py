@@ -198,3 +198,25 @@ def test_compiled_reading(encoder):
     try: compiled = torch.compile(encoder.read, backend='aot_eager', fullgraph=True)(ids, mask)
     except Exception as error: pytest.fail(f'reading does not compile in one graph: {error}')
     torch.testing.assert_close(compiled, encoder.read(ids, mask))
+
+
+def test_training_on_kept_embeddings(tiny_t5, tmp_path):
+    "Captions are encoded once; a run on a folder that knows them learns the same, to the bit, and never loads the encoder."
+    from dataclasses import replace
+    from snapvideo_nb.data import Shapes
+    from snapvideo_nb.model import PRESETS, SnapVideo
+    from snapvideo_nb.training import Alone, TrainConfig, Trainer, TrainingClips, take_step
+    small = PRESETS['tiny']
+    torch.manual_seed(0)
+    SnapVideo(replace(small, text=dict(kind='hf', name=str(tiny_t5), length=16, width=32), network=replace(small.network, text_width=32))).save_pretrained(tmp_path/'start')
+    def run(**change):
+        config = TrainConfig(run='', data='shapes', init_from=str(tmp_path/'start'), batch=4, steps=2, precision='fp32', fused_attention=False, workers=0, **change)
+        clips = Shapes(small.network.frames, small.network.height, small.network.width)
+        trainer = Trainer(config, clips, Alone())
+        norms = [take_step(trainer, batch)[0] for batch, _ in TrainingClips(clips, 0).portions(range(4), range(2), 4)]
+        return norms, trainer.average.state_dict(), trainer.model.text
+    plain, first, second = run(), run(embeddings=str(tmp_path/'told')), run(embeddings=str(tmp_path/'told'))
+    files = list((tmp_path/'told').rglob('*.safetensors'))
+    assert files and second[2].encoder._loaded is None and first[2].encoder._loaded is not None
+    assert first[0] == second[0] and all(torch.equal(first[1][name], second[1][name]) for name in first[1])
+    assert list(plain[1]) == list(first[1]) and plain[0] == pytest.approx(first[0], rel=1e-4)
