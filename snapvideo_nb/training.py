@@ -448,7 +448,7 @@ def read_config(folder: str | Path) -> TrainConfig:
 # %% ../nbs/09_training.ipynb #09bcd254
 class Run:
     "A training run's folder. ValueError when it holds a run with another configuration; `free` names what may change between calls."
-    free = {'run', 'steps', 'max_seconds', 'log_every', 'sample_every', 'checkpoint_every', 'keep', 'patience', 'workers', 'accumulate', 'shards', 'device', 'compile', 'fused_attention', 'recompute'}
+    free = {'run', 'steps', 'max_seconds', 'log_every', 'sample_every', 'checkpoint_every', 'keep', 'patience', 'workers', 'accumulate', 'shards', 'device', 'compile', 'fused_attention', 'recompute', 'embeddings'}
 
     def __init__(self, config: TrainConfig, group=None):
         self.config, self.folder = config, Path(config.run)
